@@ -1,0 +1,16 @@
+"""Errors that a user can act on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ChatGLMError(Exception):
+    """A user error, told in one line: where it is, which field, what was seen, what was wanted.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+    def __init__(self, where: Any, field: str, seen: Any, wanted: Any):
+        self.where, self.field, self.seen, self.wanted = str(where), field, seen, wanted
+        super().__init__(f"{where}: {field} is {seen}, expected {wanted}")
