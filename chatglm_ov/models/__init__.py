@@ -1,0 +1,22 @@
+"""Model definitions, one file per architecture.
+
+Each module has
+
+- `weight_shapes(config) -> dict[str, tuple[int, ...]]`: every stored tensor, by its name in the checkpoint;
+- `is_ignored(config, name) -> bool`: stored tensors that the model does not read;
+- `build(config, lowering) -> openvino.Model`: the graph, in the words of `chatglm_ov.lowering`;
+- `position_ids(config, input_ids, attention_mask)` and `prefix_length(config, input_ids, attention_mask)`:
+  the position rules of the original's `prepare_inputs_for_generation`, in numpy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from chatglm_ov.config import ArchitectureConfig
+
+
+def architecture(config: ArchitectureConfig) -> ModuleType:
+    """The module that defines this configuration's model."""
+    return import_module(f"chatglm_ov.models.{config.architecture}")

@@ -1,0 +1,207 @@
+"""config.json of each architecture, one class per architecture, fields named as in the file.
+
+Unknown fields are kept out of the way; a known field of the wrong type, or a value that the architecture's
+definition does not cover, is an error that names the field.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from chatglm_ov.errors import ChatGLMError
+
+
+class ArchitectureConfig(BaseModel):
+    """What the later parts may ask of every architecture, whatever its own field names are."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+    architecture: ClassVar[str]
+    """Name of the module in `chatglm_ov.models` that defines the model."""
+
+    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding and of the LM head."""
+        raise NotImplementedError
+
+    @property
+    def num_key_value_heads(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def head_dim(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def max_positions(self) -> int | None:
+        """Rows of the original's rotary table: positions from here on are refused. None: no limit."""
+        raise NotImplementedError
+
+
+class ChatGLMConfig(ArchitectureConfig):
+    """ChatGLM-6B (first generation). Defaults are those of the original class where the file may leave them out."""
+
+    architecture: ClassVar[str] = "chatglm"
+
+    vocab_size: int = Field(gt=0)
+    inner_hidden_size: int = Field(gt=0)
+    layernorm_epsilon: float = Field(1e-5, gt=0)
+    max_sequence_length: int = Field(2048, gt=0)
+    position_encoding_2d: Literal[True] = True
+    bos_token_id: int
+    eos_token_id: int | list[int]
+    mask_token_id: int
+    gmask_token_id: int
+    # Neither the field nor a separate lm_head is promised: transformers ties unless told otherwise.
+    tie_word_embeddings: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _early_revisions_leave_out_mask_ids(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """In every released vocabulary `[MASK]` and `[gMASK]` stand 4 and 3 before `<sop>`."""
+        bos = fields.get("bos_token_id")
+        if not isinstance(bos, int):
+            return fields
+        return {"mask_token_id": bos - 4, "gmask_token_id": bos - 3, **fields}
+
+    @property
+    def vocab_rows(self) -> int:
+        return self.vocab_size
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def max_positions(self) -> int | None:
+        return None
+
+
+RopeRatioMeaning = Literal["position", "base"]
+
+
+class ChatGLM2Config(ArchitectureConfig):
+    """ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2, GLM-4-9B and codegeex4 in the original (remote code) layout."""
+
+    architecture: ClassVar[str] = "chatglm2"
+
+    padded_vocab_size: int = Field(gt=0)
+    ffn_hidden_size: int = Field(gt=0)
+    kv_channels: int = Field(128, gt=0)
+    seq_length: int = Field(2048, gt=0)
+    layernorm_epsilon: float = Field(1e-5, gt=0)
+    multi_query_attention: bool = False
+    multi_query_group_num: int = Field(1, gt=0)
+    add_qkv_bias: bool = False
+    rope_ratio: float = Field(1.0, gt=0)
+    rope_ratio_meaning: RopeRatioMeaning = "base"
+    """`position`: positions are divided by `rope_ratio` (chatglm2-6b-32k). `base`: the rotary base 10000 is
+    multiplied by it (all others)."""
+    tie_word_embeddings: bool = False
+    # Variants that no released model uses and that the definition does not cover.
+    add_bias_linear: Literal[False] = False
+    rmsnorm: Literal[True] = True
+    post_layer_norm: Literal[True] = True
+    apply_residual_connection_post_layernorm: Literal[False] = False
+    original_rope: Literal[True] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _guess_rope_ratio_meaning(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Nothing in the file says which meaning `rope_ratio` has, except where the file comes from:
+        ChatGLM2 was saved under transformers 4.27, everything later under 4.30 or newer."""
+        if fields.get("rope_ratio_meaning") is not None:
+            return fields
+        from_chatglm2 = "chatglm2" in str(fields.get("_name_or_path", "")).lower()
+        saved_by_427 = str(fields.get("transformers_version", "")).startswith("4.27.")
+        return {**fields, "rope_ratio_meaning": "position" if from_chatglm2 or saved_by_427 else "base"}
+
+    @property
+    def vocab_rows(self) -> int:
+        return self.padded_vocab_size
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels
+
+    @property
+    def max_positions(self) -> int | None:
+        return self.seq_length
+
+
+def _config_class(fields: dict[str, Any], where: Path | str) -> type[ArchitectureConfig]:
+    model_type = fields.get("model_type")
+    if model_type == "chatglm":
+        if "padded_vocab_size" in fields or "multi_query_attention" in fields:
+            return ChatGLM2Config
+        if "inner_hidden_size" in fields or "position_encoding_2d" in fields:
+            return ChatGLMConfig
+        raise ChatGLMError(where, "padded_vocab_size / inner_hidden_size", "missing", "one of them")
+    raise ChatGLMError(where, "model_type", repr(model_type), "'chatglm'")
+
+
+def parse_config(fields: dict[str, Any], where: Path | str = "config.json") -> ArchitectureConfig:
+    """The typed configuration of the contents of a config.json. `where` is named in errors."""
+    try:
+        config = _config_class(fields, where).model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "config"
+        seen = "missing" if first["type"] == "missing" else repr(first["input"])
+        raise ChatGLMError(where, field, seen, first["msg"]) from None
+    _check_heads(config, where)
+    return config
+
+
+def _check_heads(config: ArchitectureConfig, where: Path | str) -> None:
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % groups:
+        raise ChatGLMError(
+            where, "multi_query_group_num", groups, f"a divisor of num_attention_heads {heads}"
+        )
+    if config.architecture == "chatglm" and config.hidden_size % heads:
+        raise ChatGLMError(
+            where, "hidden_size", config.hidden_size, f"a multiple of num_attention_heads {heads}"
+        )
+    if config.head_dim % 4:
+        raise ChatGLMError(where, "head_dim", config.head_dim, "a multiple of 4")
+
+
+def read_config_json(folder: Path | str) -> dict[str, Any]:
+    """The raw contents of `folder/config.json`."""
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise ChatGLMError(folder, "folder", "missing", "a folder with config.json")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ChatGLMError(folder, "config.json", "missing", "a file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ChatGLMError(path, "contents", f"not JSON ({error})", "a JSON object") from None
+    if not isinstance(fields, dict):
+        raise ChatGLMError(path, "contents", f"a JSON {type(fields).__name__}", "a JSON object")
+    return fields
+
+
+def load_config(folder: Path | str) -> ArchitectureConfig:
+    """The typed configuration of a checkpoint folder or of a converted folder."""
+    return parse_config(read_config_json(folder), Path(folder) / "config.json")

@@ -1,0 +1,252 @@
+"""From a checkpoint folder to a converted folder that is complete by itself.
+
+    OUT/config.json, generation_config.json, tokenizer files
+    OUT/<weight_format>/openvino_model.xml, openvino_model.bin
+
+Everything is written to a folder beside OUT that takes its name at the very end: a conversion that fails or is
+killed leaves nothing that looks finished.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.config import ArchitectureConfig, RopeRatioMeaning, parse_config, read_config_json
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.lowering.stock import StockLowering
+from chatglm_ov.models import architecture
+from chatglm_ov.tokenizer import save_tokenizer_files
+from chatglm_ov.weights.file import WeightsFile
+from chatglm_ov.weights.formats import FORMATS, TABLE_FORMATS
+from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, write_ir
+from chatglm_ov.weights.store import BLOCK_BYTES, Progress, WeightStore
+
+LOWERINGS = {"stock": StockLowering}
+OPS = ("fused", "stock")
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will read and need. Sizes in bytes."""
+
+    config: ArchitectureConfig
+    weight_formats: tuple[str, ...]
+    read_bytes: int
+    disk_bytes: int
+    memory_bytes: int
+
+    def __str__(self) -> str:
+        formats = ", ".join(self.weight_formats)
+        return (
+            f"{self.config.architecture}, {self.config.num_layers} layers: {formats}. "
+            f"Reads {self.read_bytes / 1e9:.2f} GB, writes {self.disk_bytes / 1e9:.2f} GB, "
+            f"needs about {self.memory_bytes / 1e9:.1f} GB of memory."
+        )
+
+
+def convert(
+    checkpoint: str | Path,
+    output: str | Path,
+    weight_formats: Sequence[str] = ("bf16", "int8"),
+    ops: str = "fused",
+    *,
+    rope_ratio_meaning: RopeRatioMeaning | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Convert `checkpoint`, a folder as the model's authors publish it, to the folder `output`.
+
+    weight_formats: any of f32, bf16, int8 (a scale per output channel), int4 (a scale and a zero point per 128
+    columns; embedding and LM head int8). ops: `stock` builds the graph from OpenVINO's own operations; `fused` from
+    our C++ ops where this build has them, and is `stock` where it has not.
+    rope_ratio_meaning: `position` or `base`, where the checkpoint's config.json does not tell (see
+    `ChatGLM2Config`). overwrite: replace a non-empty `output`. Returns `output`.
+
+    Raises ChatGLMError for anything that is wrong with the arguments, the checkpoint or the disk; then nothing is
+    left behind.
+    """
+    source, target = Path(checkpoint), Path(output)
+    fields = _config_fields(source, rope_ratio_meaning)
+    config = parse_config(fields, source / "config.json")
+    _check_arguments(source, target, weight_formats, ops, overwrite)
+    ops = available_ops(ops)
+    with Checkpoint.open(source) as weights:
+        _verify(config, weights)
+        plan = make_plan(config, weights, weight_formats)
+        log.info("%s", plan)
+        _check_disk(plan, target)
+        with _finished_or_nothing(target) as partial, _progress_bar(plan, progress) as report:
+            for weight_format in plan.weight_formats:
+                _write_model(config, weights, partial / weight_format, weight_format, ops, report)
+            _write_side_files(source, partial, fields, config, ops)
+    return target
+
+
+def available_ops(ops: str) -> str:
+    """The lowering that is used when `ops` is asked for."""
+    if ops in LOWERINGS:
+        return ops
+    log.info("this build has no %s ops: the stock lowering is used", ops)
+    return "stock"
+
+
+def plan_conversion(checkpoint: str | Path, weight_formats: Sequence[str] = ("bf16", "int8")) -> Plan:
+    """What `convert` would do, after checking the checkpoint's names and shapes."""
+    config = parse_config(read_config_json(checkpoint), Path(checkpoint) / "config.json")
+    with Checkpoint.open(Path(checkpoint)) as weights:
+        _verify(config, weights)
+        return make_plan(config, weights, weight_formats)
+
+
+def make_plan(config: ArchitectureConfig, weights: Checkpoint, weight_formats: Sequence[str]) -> Plan:
+    """Sizes follow from the shapes; memory is a few blocks of rows plus the interpreter and its libraries."""
+    shapes = architecture(config).weight_shapes(config)
+    formats = tuple(dict.fromkeys(weight_formats))
+    read = sum(weights.nbytes(name) for name in shapes) * len(formats)
+    disk = sum(_stored_bytes(shapes, name) for name in formats)
+    return Plan(config, formats, read, disk, 600_000_000 + 8 * BLOCK_BYTES)
+
+
+def _stored_bytes(shapes: dict[str, tuple[int, ...]], weight_format: str) -> int:
+    vocab_rows = next(iter(shapes.values()))[0]
+    total = 0
+    for shape in shapes.values():
+        if len(shape) == 1:
+            total += 4 * shape[0]
+        else:
+            formats = TABLE_FORMATS if shape[0] == vocab_rows else FORMATS
+            total += formats[weight_format].nbytes((shape[0], shape[1]))
+    return total
+
+
+def _config_fields(source: Path, rope_ratio_meaning: str | None) -> dict[str, Any]:
+    fields = read_config_json(source)
+    if rope_ratio_meaning is not None:
+        fields["rope_ratio_meaning"] = rope_ratio_meaning
+    return fields
+
+
+def _check_arguments(
+    source: Path, target: Path, weight_formats: Sequence[str], ops: str, overwrite: bool
+) -> None:
+    if isinstance(weight_formats, str) or not weight_formats:
+        raise ChatGLMError(
+            "convert", "weight_formats", repr(weight_formats), f"a list of {', '.join(FORMATS)}"
+        )
+    for name in weight_formats:
+        if name not in FORMATS:
+            raise ChatGLMError("convert", "weight_formats", repr(name), f"one of {', '.join(FORMATS)}")
+    if ops not in OPS:
+        raise ChatGLMError("convert", "ops", repr(ops), f"one of {', '.join(OPS)}")
+    if target.exists() and not target.is_dir():
+        raise ChatGLMError(target, "output", "a file", "a folder that is new or empty")
+    if target.resolve() == source.resolve():
+        raise ChatGLMError(target, "output", "the checkpoint itself", "another folder")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ChatGLMError(target, "output", "not empty", "a new or empty folder, or --overwrite")
+
+
+def _verify(config: ArchitectureConfig, weights: Checkpoint) -> None:
+    module = architecture(config)
+    weights.verify(module.weight_shapes(config), ignored=lambda name: module.is_ignored(config, name))
+
+
+def _check_disk(plan: Plan, target: Path) -> None:
+    parent = target.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = psutil.disk_usage(str(parent)).free
+    if free < plan.disk_bytes:
+        wanted = f"{plan.disk_bytes / 1e9:.2f} GB for {', '.join(plan.weight_formats)}"
+        raise ChatGLMError(target, "free disk space", f"{free / 1e9:.2f} GB", wanted)
+
+
+@contextmanager
+def _finished_or_nothing(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that replaces it on success and vanishes on any error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{target.name}.partial-*"):
+        pid = leftover.name.rsplit("-", 1)[1]
+        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
+            shutil.rmtree(leftover, ignore_errors=True)
+    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except OSError as error:
+        raise ChatGLMError(
+            target, "output", f"not writable ({error.strerror or error})", "a folder on a disk with room"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _progress_bar(plan: Plan, shown: bool) -> Iterator[Progress]:
+    with tqdm(total=plan.read_bytes, unit="B", unit_scale=True, disable=not shown, desc="convert") as bar:
+
+        def report(name: str, nbytes: int) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(nbytes)
+
+        yield report
+
+
+def _write_model(
+    config: ArchitectureConfig,
+    weights: Checkpoint,
+    folder: Path,
+    weight_format: str,
+    ops: str,
+    report: Progress,
+) -> None:
+    folder.mkdir()
+    with WeightsFile(folder / Path(IR_NAME).with_suffix(".bin")) as file:
+        store = WeightStore(weights, file, weight_format, report)
+        model = architecture(config).build(config, LOWERINGS[ops](store))
+        model.set_rt_info(FORMAT_VERSION, ["chatglm_ov", "format_version"])
+        model.set_rt_info(weight_format, ["chatglm_ov", "weight_format"])
+        model.set_rt_info(ops, ["chatglm_ov", "ops"])
+        write_ir(model, file, folder / IR_NAME)
+
+
+def _write_side_files(
+    source: Path, folder: Path, fields: dict[str, Any], config: ArchitectureConfig, ops: str
+) -> None:
+    """config.json without the pointers to remote code, generation_config.json, tokenizer files."""
+    kept = {key: value for key, value in fields.items() if key != "auto_map"}
+    if hasattr(config, "rope_ratio_meaning"):
+        kept["rope_ratio_meaning"] = config.rope_ratio_meaning
+    kept["chatglm_ov"] = {"format_version": FORMAT_VERSION, "architecture": config.architecture, "ops": ops}
+    _write_json(folder / "config.json", kept)
+    generation = source / "generation_config.json"
+    if generation.exists():
+        shutil.copyfile(generation, folder / generation.name)
+    else:
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write_json(
+            folder / generation.name, {name: value for name, value in ids.items() if value is not None}
+        )
+    save_tokenizer_files(source, folder)
+
+
+def _write_json(path: Path, contents: dict[str, Any]) -> None:
+    path.write_text(json.dumps(contents, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

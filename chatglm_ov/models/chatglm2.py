@@ -1,0 +1,120 @@
+"""ChatGLM2-6B, ChatGLM3-6B (8k, 32k, 128k), CodeGeeX2, and GLM-4-9B / codegeex4 in the original layout.
+
+One architecture; the models differ in numbers, tokenizer and in what `rope_ratio` does. Per block:
+y = x + Attn(RMS(x)); out = y + W2 (silu(gate) * up), [gate; up] = W1 RMS(y).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from chatglm_ov.config import ChatGLM2Config
+from chatglm_ov.lowering import AttentionShape, Lowering, Rotary
+from chatglm_ov.models.rows import interleaved_to_half, per_head_qkv, planar_qkv
+
+EMBEDDING = "transformer.embedding.word_embeddings.weight"
+FINAL_NORM = "transformer.encoder.final_layernorm.weight"
+LM_HEAD = "transformer.output_layer.weight"
+LAYER = "transformer.encoder.layers"
+
+
+def weight_shapes(config: ChatGLM2Config) -> dict[str, tuple[int, ...]]:
+    """Stored tensors and their shapes, [out, in] for linear layers."""
+    hidden, ffn, vocab = config.hidden_size, config.ffn_hidden_size, config.padded_vocab_size
+    context = config.num_attention_heads * config.kv_channels
+    qkv = context + 2 * config.num_key_value_heads * config.kv_channels
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocab, hidden)}
+    for i in range(config.num_layers):
+        shapes[f"{LAYER}.{i}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{LAYER}.{i}.self_attention.query_key_value.weight"] = (qkv, hidden)
+        if config.add_qkv_bias:
+            shapes[f"{LAYER}.{i}.self_attention.query_key_value.bias"] = (qkv,)
+        shapes[f"{LAYER}.{i}.self_attention.dense.weight"] = (hidden, context)
+        shapes[f"{LAYER}.{i}.post_attention_layernorm.weight"] = (hidden,)
+        shapes[f"{LAYER}.{i}.mlp.dense_h_to_4h.weight"] = (2 * ffn, hidden)
+        shapes[f"{LAYER}.{i}.mlp.dense_4h_to_h.weight"] = (hidden, ffn)
+    shapes[FINAL_NORM] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes[LM_HEAD] = (vocab, hidden)
+    return shapes
+
+
+def is_ignored(config: ChatGLM2Config, name: str) -> bool:
+    """The rotary frequencies follow from the configuration; a tied head may be stored all the same."""
+    return name.endswith("inv_freq") or (config.tie_word_embeddings and name == LM_HEAD)
+
+
+def rotary(config: ChatGLM2Config) -> Rotary:
+    """Angles of the first half of the head, float32 (the form that the original takes in float32).
+
+    `rope_ratio` divides the position (chatglm2-6b-32k) or multiplies the base 10000 (all others).
+    """
+    dim = config.kv_channels // 2
+    interpolated = config.rope_ratio_meaning == "position"
+    base = 10000.0 * (1.0 if interpolated else config.rope_ratio)
+    inv_freq = 1.0 / base ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+    if interpolated:
+        inv_freq = inv_freq / config.rope_ratio
+    return Rotary(inv_freq[None].astype(np.float32))
+
+
+def qkv_rows(config: ChatGLM2Config, rotary_dim: int) -> np.ndarray:
+    """The merged weight holds all query heads, then the key groups, then the value groups; without
+    multi-query attention it is interleaved per head."""
+    order = interleaved_to_half(config.kv_channels, rotary_dim)
+    if config.multi_query_attention:
+        return planar_qkv(config.num_attention_heads, config.num_key_value_heads, order)
+    return per_head_qkv(config.num_attention_heads, order)
+
+
+def build(config: ChatGLM2Config, lowering: Lowering) -> Any:
+    """The whole model as an openvino.Model."""
+    shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.kv_channels)
+    rope = rotary(config)
+    rows = qkv_rows(config, rope.dim)
+    lowering.inputs()
+    x = lowering.embedding(EMBEDDING)
+    for i in range(config.num_layers):
+        x = _block(config, lowering, x, i, shape, rope, rows)
+    x = lowering.rms_norm(x, FINAL_NORM, config.layernorm_epsilon)
+    return lowering.model(
+        lowering.lm_head(x, EMBEDDING if config.tie_word_embeddings else LM_HEAD), "chatglm2"
+    )
+
+
+def _block(
+    config: ChatGLM2Config, g: Lowering, x: Any, i: int, shape: AttentionShape, rope: Rotary, rows: np.ndarray
+) -> Any:
+    prefix, eps = f"{LAYER}.{i}", config.layernorm_epsilon
+    u = g.rms_norm(x, f"{prefix}.input_layernorm.weight", eps)
+    qkv = g.fully_connected(
+        u, f"{prefix}.self_attention.query_key_value.weight", bias=config.add_qkv_bias, rows=rows
+    )
+    context = g.attention(qkv, i, shape, rope)
+    y = g.fully_connected(context, f"{prefix}.self_attention.dense.weight", residual=x)
+    w = g.rms_norm(y, f"{prefix}.post_attention_layernorm.weight", eps)
+    gated = g.fully_connected(w, f"{prefix}.mlp.dense_h_to_4h.weight", activation="silu_gate")
+    return g.fully_connected(gated, f"{prefix}.mlp.dense_4h_to_h.weight", residual=y)
+
+
+def key_order(config: ChatGLM2Config) -> np.ndarray:
+    """Order of the dims of a cached key head, in terms of the checkpoint's dims: cached[..., j] is the
+    original's [..., key_order[j]]."""
+    return interleaved_to_half(config.kv_channels, rotary(config).dim)
+
+
+def position_ids(
+    config: ChatGLM2Config, input_ids: np.ndarray, attention_mask: np.ndarray | None
+) -> np.ndarray:
+    """Positions int64 [B, N] of all N tokens: 0, 1, 2, ... from the first real token on, 0 on left padding.
+    Without a mask every token counts, as in the original."""
+    if attention_mask is None:
+        return np.broadcast_to(np.arange(input_ids.shape[1], dtype=np.int64), input_ids.shape).copy()
+    return np.maximum(np.cumsum(attention_mask != 0, axis=1, dtype=np.int64) - 1, 0)
+
+
+def prefix_length(config: ChatGLM2Config, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> None:
+    """Plain causal attention: there is no prefix that every row sees."""
+    return None

@@ -1,0 +1,213 @@
+"""Converted folders as compiled, stateful models.
+
+One `CompiledModel` serves prompt and decode; each `Request` made from it has a KV cache of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.models import architecture
+from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME
+
+
+PRECISIONS = ("f32", "bf16", "f16")
+
+
+@cache
+def core() -> ov.Core:
+    """The package's own Core."""
+    return ov.Core()
+
+
+def weight_formats(folder: str | Path) -> list[str]:
+    """Names of the weight formats that a converted folder holds."""
+    return sorted(path.parent.name for path in Path(folder).glob(f"*/{IR_NAME}"))
+
+
+def default_weight_format(folder: str | Path) -> str:
+    """int8 where it is there, else bf16, else the first."""
+    found = weight_formats(folder)
+    if not found:
+        raise ChatGLMError(folder, "weight formats", "none", f"a converted folder with <format>/{IR_NAME}")
+    return next((name for name in ("int8", "bf16") if name in found), found[0])
+
+
+def load_model(
+    folder: str | Path,
+    weight_format: str | None = None,
+    inference_precision: str | None = None,
+    device: str = "CPU",
+    properties: dict[str, Any] | None = None,
+) -> CompiledModel:
+    """Compile one weight format of a converted folder.
+
+    inference_precision: f32 computes everything in f32, cache included, and is the numerical reference; bf16 and
+    f16 are passed to the device; None leaves the choice to the device. properties: further OpenVINO properties,
+    which win over ours. Raises ChatGLMError when the folder does not hold that format.
+    """
+    folder = Path(folder)
+    fields = read_config_json(folder)
+    config = parse_config(fields, folder / "config.json")
+    version = fields.get("chatglm_ov", {}).get("format_version")
+    if version != FORMAT_VERSION:
+        seen = "missing (a checkpoint, not converted)" if version is None else version
+        raise ChatGLMError(folder / "config.json", "chatglm_ov.format_version", seen, FORMAT_VERSION)
+    weight_format = weight_format or default_weight_format(folder)
+    path = folder / weight_format / IR_NAME
+    if not path.exists():
+        raise ChatGLMError(folder, "weight_format", repr(weight_format), f"one of {weight_formats(folder)}")
+    if inference_precision not in (None, *PRECISIONS):
+        raise ChatGLMError(
+            "load_model", "inference_precision", repr(inference_precision), f"one of {PRECISIONS}"
+        )
+    model = _read(path)
+    settings = {**_precision_properties(inference_precision, device), **(properties or {})}
+    return CompiledModel(config, weight_format, model, _compile(model, device, settings))
+
+
+def _read(path: Path) -> ov.Model:
+    weights = path.with_suffix(".bin")
+    if not weights.exists():
+        raise ChatGLMError(weights, "file", "missing", "the weights beside the IR")
+    try:
+        return core().read_model(path)
+    except RuntimeError as error:
+        raise ChatGLMError(
+            path, "IR", f"unreadable ({_last_line(error)})", "an IR as `convert` writes it"
+        ) from error
+
+
+def _compile(model: ov.Model, device: str, properties: dict[str, Any]) -> ov.CompiledModel:
+    try:
+        return core().compile_model(model, device, properties)
+    except RuntimeError as error:
+        known = ", ".join(core().available_devices)
+        raise ChatGLMError(
+            f"device {device}", "compilation", _last_line(error), f"a device of {known}"
+        ) from error
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+def _precision_properties(precision: str | None, device: str) -> dict[str, Any]:
+    if device != "CPU":
+        return {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
+    if precision == "f32":
+        # Dynamic quantization would make 8-bit activations of f32 ones.
+        return {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "KV_CACHE_PRECISION": "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        }
+    # The plugin's own default, a u8 cache, costs accuracy; see docs/formats.
+    properties = {"KV_CACHE_PRECISION": "bf16"}
+    return properties if precision is None else {"INFERENCE_PRECISION_HINT": precision, **properties}
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """A compiled model and what describes it."""
+
+    config: ArchitectureConfig
+    weight_format: str
+    model: ov.Model
+    compiled: ov.CompiledModel
+
+    @property
+    def architecture(self) -> ModuleType:
+        """The module of `chatglm_ov.models` that defines the model."""
+        return architecture(self.config)
+
+    def create_request(self) -> Request:
+        """A request with an empty KV cache."""
+        return Request(self.config, self.compiled.create_infer_request())
+
+
+@dataclass
+class Request:
+    """One KV cache and the calls that continue it. Letters as in `chatglm_ov.lowering`."""
+
+    config: ArchitectureConfig
+    infer_request: ov.InferRequest
+    past_length: int = field(default=0, init=False)
+    """Columns in the cache, padding included."""
+
+    def reset(self) -> None:
+        """Forget the sequence; the next call starts a fresh one and may have another number of rows."""
+        self.infer_request.reset_state()
+        self.past_length = 0
+
+    def infer(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        position_ids: np.ndarray,
+        beam_idx: np.ndarray,
+        logits_to_keep: int = 0,
+        prefix_length: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Feed L more tokens; returns logits float32 [B, kept, V] of the last `logits_to_keep`, 0 meaning all L.
+
+        input_ids int64 [B, L]; attention_mask int64 [B, past + L], 0 on padding; position_ids int64 [B, L], or
+        [B, 2, L] for ChatGLM-6B; beam_idx int32 [B], the cache row that each row continues; prefix_length int64
+        [B] for ChatGLM-6B. Raises ChatGLMError for ids out of the vocabulary, positions beyond the rotary table
+        and shapes that do not fit.
+        """
+        self._check(input_ids, attention_mask, position_ids)
+        inputs = {
+            "input_ids": np.ascontiguousarray(input_ids, np.int64),
+            "attention_mask": np.ascontiguousarray(attention_mask, np.int64),
+            "position_ids": np.ascontiguousarray(position_ids, np.int64),
+            "beam_idx": np.ascontiguousarray(beam_idx, np.int32),
+            "logits_to_keep": np.array([logits_to_keep], np.int64),
+        }
+        if prefix_length is not None:
+            inputs["prefix_length"] = np.ascontiguousarray(prefix_length, np.int64)
+        self.infer_request.infer(inputs, share_inputs=True)
+        self.past_length += input_ids.shape[1]
+        return self.infer_request.get_tensor("logits").data.copy()
+
+    def _check(self, input_ids: np.ndarray, attention_mask: np.ndarray, position_ids: np.ndarray) -> None:
+        if input_ids.ndim != 2 or input_ids.size == 0:
+            raise ChatGLMError(
+                "infer", "input_ids", f"of shape {input_ids.shape}", "[B, L], at least one token"
+            )
+        batch, new = input_ids.shape
+        if attention_mask.shape != (batch, self.past_length + new):
+            wanted = f"[{batch}, {self.past_length + new}] (cached and new tokens)"
+            raise ChatGLMError("infer", "attention_mask", f"of shape {attention_mask.shape}", wanted)
+        if position_ids.shape[0] != batch or position_ids.shape[-1] != new:
+            raise ChatGLMError(
+                "infer", "position_ids", f"of shape {position_ids.shape}", f"[{batch}, ..., {new}]"
+            )
+        vocab = self.config.vocab_rows
+        for bad in input_ids[(input_ids < 0) | (input_ids >= vocab)][:1]:
+            raise ChatGLMError("infer", "input_ids", f"a token id {bad}", f"0 to {vocab - 1}")
+        limit = self.config.max_positions
+        if position_ids.min() < 0 or (limit is not None and position_ids.max() >= limit):
+            bad = position_ids.min() if position_ids.min() < 0 else position_ids.max()
+            wanted = "0 or more" if limit is None else f"0 to {limit - 1} (seq_length {limit})"
+            raise ChatGLMError("infer", "position_ids", f"a position {bad}", wanted)
+
+    def cached(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of one layer, float32 [B, num_key_value_heads, past_length, head_dim] each, with the
+        dims of a key head in the checkpoint's order."""
+        states = {state.name: state for state in self.infer_request.query_state()}
+        key = states[f"past_key_values.{layer}.key"].state.data
+        value = states[f"past_key_values.{layer}.value"].state.data
+        order = architecture(self.config).key_order(self.config)
+        restored = np.empty_like(key)
+        restored[..., order] = key
+        return restored, value.copy()

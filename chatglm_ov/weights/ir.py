@@ -1,0 +1,53 @@
+"""From a graph over a `WeightsFile` to an IR folder: openvino_model.xml beside the openvino_model.bin.
+
+OpenVINO writes the XML; what this adds is where each constant lies in our own .bin, and the mark of a
+decompression on the Converts behind compressed weights, without which a plugin folds them to f32 at load.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from xml.etree import ElementTree
+
+import openvino as ov
+
+from chatglm_ov.weights.file import WeightsFile
+
+IR_NAME = "openvino_model.xml"
+FORMAT_VERSION = 1
+"""Version of the layout of a converted folder and of the constants in it; checked at load."""
+
+DECOMPRESSION_SUFFIX = ".decompressed"
+"""Friendly names with this ending mark a Convert from a storage type to the type that is computed in."""
+
+
+def write_ir(model: ov.Model, weights: WeightsFile, xml_path: Path) -> None:
+    """Write the XML of `model`, whose large constants are already in `weights`; small ones are appended."""
+    for node in model.get_ordered_ops():
+        name = node.get_friendly_name()
+        if node.get_type_name() == "Constant" and name not in weights.entries:
+            weights.write(name, [node.data])
+    ov.serialize(model, str(xml_path), os.devnull)
+    tree = ElementTree.parse(xml_path)
+    for layer in tree.iter("layer"):
+        if layer.get("type") == "Const":
+            _place(layer, weights)
+        elif layer.get("type") == "Convert" and str(layer.get("name")).endswith(DECOMPRESSION_SUFFIX):
+            _mark_decompression(layer)
+    tree.write(xml_path, encoding="utf-8", xml_declaration=True)
+
+
+def _place(layer: ElementTree.Element, weights: WeightsFile) -> None:
+    entry, data = weights.entries[str(layer.get("name"))], layer.find("data")
+    assert data is not None and int(data.get("size", -1)) == entry.nbytes, layer.attrib
+    data.set("offset", str(entry.offset))
+
+
+def _mark_decompression(layer: ElementTree.Element) -> None:
+    info = layer.find("rt_info")
+    if info is None:
+        # The schema's order of children is data, rt_info, input, output.
+        info = ElementTree.Element("rt_info")
+        layer.insert([child.tag for child in layer].index("data") + 1, info)
+    ElementTree.SubElement(info, "attribute", {"name": "decompression", "version": "0"})
