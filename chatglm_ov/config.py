@@ -175,13 +175,9 @@ def parse_config(fields: dict[str, Any], where: Path | str = "config.json") -> A
 def _check_heads(config: ArchitectureConfig, where: Path | str) -> None:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
-        raise ChatGLMError(
-            where, "multi_query_group_num", groups, f"a divisor of num_attention_heads {heads}"
-        )
+        raise ChatGLMError(where, "multi_query_group_num", groups, f"a divisor of num_attention_heads {heads}")
     if config.architecture == "chatglm" and config.hidden_size % heads:
-        raise ChatGLMError(
-            where, "hidden_size", config.hidden_size, f"a multiple of num_attention_heads {heads}"
-        )
+        raise ChatGLMError(where, "hidden_size", config.hidden_size, f"a multiple of num_attention_heads {heads}")
     if config.head_dim % 4:
         raise ChatGLMError(where, "head_dim", config.head_dim, "a multiple of 4")
 

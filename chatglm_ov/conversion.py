@@ -141,13 +141,9 @@ def _config_fields(source: Path, rope_ratio_meaning: str | None) -> dict[str, An
     return fields
 
 
-def _check_arguments(
-    source: Path, target: Path, weight_formats: Sequence[str], ops: str, overwrite: bool
-) -> None:
+def _check_arguments(source: Path, target: Path, weight_formats: Sequence[str], ops: str, overwrite: bool) -> None:
     if isinstance(weight_formats, str) or not weight_formats:
-        raise ChatGLMError(
-            "convert", "weight_formats", repr(weight_formats), f"a list of {', '.join(FORMATS)}"
-        )
+        raise ChatGLMError("convert", "weight_formats", repr(weight_formats), f"a list of {', '.join(FORMATS)}")
     for name in weight_formats:
         if name not in FORMATS:
             raise ChatGLMError("convert", "weight_formats", repr(name), f"one of {', '.join(FORMATS)}")
@@ -228,9 +224,7 @@ def _write_model(
         write_ir(model, file, folder / IR_NAME)
 
 
-def _write_side_files(
-    source: Path, folder: Path, fields: dict[str, Any], config: ArchitectureConfig, ops: str
-) -> None:
+def _write_side_files(source: Path, folder: Path, fields: dict[str, Any], config: ArchitectureConfig, ops: str) -> None:
     """config.json without the pointers to remote code, generation_config.json, tokenizer files."""
     kept = {key: value for key, value in fields.items() if key != "auto_map"}
     if hasattr(config, "rope_ratio_meaning"):
@@ -242,9 +236,7 @@ def _write_side_files(
         shutil.copyfile(generation, folder / generation.name)
     else:
         ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(
-            folder / generation.name, {name: value for name, value in ids.items() if value is not None}
-        )
+        _write_json(folder / generation.name, {name: value for name, value in ids.items() if value is not None})
     save_tokenizer_files(source, folder)
 
 

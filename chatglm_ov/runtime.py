@@ -19,7 +19,6 @@ from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
 from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME
 
-
 PRECISIONS = ("f32", "bf16", "f16")
 
 
@@ -67,9 +66,7 @@ def load_model(
     if not path.exists():
         raise ChatGLMError(folder, "weight_format", repr(weight_format), f"one of {weight_formats(folder)}")
     if inference_precision not in (None, *PRECISIONS):
-        raise ChatGLMError(
-            "load_model", "inference_precision", repr(inference_precision), f"one of {PRECISIONS}"
-        )
+        raise ChatGLMError("load_model", "inference_precision", repr(inference_precision), f"one of {PRECISIONS}")
     model = _read(path)
     settings = {**_precision_properties(inference_precision, device), **(properties or {})}
     return CompiledModel(config, weight_format, model, _compile(model, device, settings))
@@ -82,9 +79,7 @@ def _read(path: Path) -> ov.Model:
     try:
         return core().read_model(path)
     except RuntimeError as error:
-        raise ChatGLMError(
-            path, "IR", f"unreadable ({_last_line(error)})", "an IR as `convert` writes it"
-        ) from error
+        raise ChatGLMError(path, "IR", f"unreadable ({_last_line(error)})", "an IR as `convert` writes it") from error
 
 
 def _compile(model: ov.Model, device: str, properties: dict[str, Any]) -> ov.CompiledModel:
@@ -92,9 +87,7 @@ def _compile(model: ov.Model, device: str, properties: dict[str, Any]) -> ov.Com
         return core().compile_model(model, device, properties)
     except RuntimeError as error:
         known = ", ".join(core().available_devices)
-        raise ChatGLMError(
-            f"device {device}", "compilation", _last_line(error), f"a device of {known}"
-        ) from error
+        raise ChatGLMError(f"device {device}", "compilation", _last_line(error), f"a device of {known}") from error
 
 
 def _last_line(error: Exception) -> str:
@@ -181,17 +174,13 @@ class Request:
 
     def _check(self, input_ids: np.ndarray, attention_mask: np.ndarray, position_ids: np.ndarray) -> None:
         if input_ids.ndim != 2 or input_ids.size == 0:
-            raise ChatGLMError(
-                "infer", "input_ids", f"of shape {input_ids.shape}", "[B, L], at least one token"
-            )
+            raise ChatGLMError("infer", "input_ids", f"of shape {input_ids.shape}", "[B, L], at least one token")
         batch, new = input_ids.shape
         if attention_mask.shape != (batch, self.past_length + new):
             wanted = f"[{batch}, {self.past_length + new}] (cached and new tokens)"
             raise ChatGLMError("infer", "attention_mask", f"of shape {attention_mask.shape}", wanted)
         if position_ids.shape[0] != batch or position_ids.shape[-1] != new:
-            raise ChatGLMError(
-                "infer", "position_ids", f"of shape {position_ids.shape}", f"[{batch}, ..., {new}]"
-            )
+            raise ChatGLMError("infer", "position_ids", f"of shape {position_ids.shape}", f"[{batch}, ..., {new}]")
         vocab = self.config.vocab_rows
         for bad in input_ids[(input_ids < 0) | (input_ids >= vocab)][:1]:
             raise ChatGLMError("infer", "input_ids", f"a token id {bad}", f"0 to {vocab - 1}")

@@ -154,12 +154,8 @@ class StockLowering:
         query = self._rotated(self._heads(planes.output(0), heads, dim), rotary)
         key = self._rotated(self._heads(planes.output(1), groups, dim), rotary)
         value = self._heads(planes.output(2), groups, dim)
-        key = self._repeated(
-            self._cached(key, f"past_key_values.{layer}.key", groups, dim), heads, groups, dim
-        )
-        value = self._repeated(
-            self._cached(value, f"past_key_values.{layer}.value", groups, dim), heads, groups, dim
-        )
+        key = self._repeated(self._cached(key, f"past_key_values.{layer}.key", groups, dim), heads, groups, dim)
+        value = self._repeated(self._cached(value, f"past_key_values.{layer}.value", groups, dim), heads, groups, dim)
         context = ops.scaled_dot_product_attention(query, key, value, self._mask)
         context = ops.transpose(context, _i64(0, 2, 1, 3))
         return ops.reshape(context, _i64(0, 0, heads * dim), True)
@@ -188,9 +184,7 @@ class StockLowering:
         """cos and sin f32 [B, 1, L, R] of the angles, one computation for all layers."""
         if id(rotary) not in self._rotary_tables:
             rows = [
-                ops.multiply(
-                    ops.unsqueeze(ops.convert(ids, "f32"), _i64(-1)), ops.constant(frequencies[None, None])
-                )
+                ops.multiply(ops.unsqueeze(ops.convert(ids, "f32"), _i64(-1)), ops.constant(frequencies[None, None]))
                 for ids, frequencies in zip(self._position_rows(rotary), rotary.inv_freq, strict=True)
             ]
             angles = ops.unsqueeze(ops.concat(rows + rows, -1), _i64(1))

@@ -72,9 +72,7 @@ def build(config: ChatGLMConfig, lowering: Lowering) -> Any:
     for i in range(config.num_layers):
         x = _block(config, lowering, x, i, shape, rope, rows)
     x = lowering.layer_norm(x, FINAL_NORM, config.layernorm_epsilon)
-    return lowering.model(
-        lowering.lm_head(x, EMBEDDING if config.tie_word_embeddings else LM_HEAD), "chatglm"
-    )
+    return lowering.model(lowering.lm_head(x, EMBEDDING if config.tie_word_embeddings else LM_HEAD), "chatglm")
 
 
 def _block(
@@ -100,9 +98,7 @@ def key_order(config: ChatGLMConfig) -> np.ndarray:
     return two_halves_to_one(config.head_dim)
 
 
-def prefix_length(
-    config: ChatGLMConfig, input_ids: np.ndarray, attention_mask: np.ndarray | None
-) -> np.ndarray:
+def prefix_length(config: ChatGLMConfig, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> np.ndarray:
     """Columns before the first `<sop>` of each row, int64 [B], left padding included."""
     is_sop = input_ids == config.bos_token_id
     if attention_mask is not None:
@@ -112,9 +108,7 @@ def prefix_length(
     return is_sop.argmax(axis=1).astype(np.int64)
 
 
-def position_ids(
-    config: ChatGLMConfig, input_ids: np.ndarray, attention_mask: np.ndarray | None
-) -> np.ndarray:
+def position_ids(config: ChatGLMConfig, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> np.ndarray:
     """Positions int64 [B, 2, N] of all N tokens. Row 0 counts up to `<sop>` and stays at the place of the first
     [gMASK] (of the first [MASK] if there is none) from there on; row 1 is 0 before `<sop>`, then 1, 2, ...
     Both are 0 on left padding, which the count leaves out."""

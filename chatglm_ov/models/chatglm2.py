@@ -79,9 +79,7 @@ def build(config: ChatGLM2Config, lowering: Lowering) -> Any:
     for i in range(config.num_layers):
         x = _block(config, lowering, x, i, shape, rope, rows)
     x = lowering.rms_norm(x, FINAL_NORM, config.layernorm_epsilon)
-    return lowering.model(
-        lowering.lm_head(x, EMBEDDING if config.tie_word_embeddings else LM_HEAD), "chatglm2"
-    )
+    return lowering.model(lowering.lm_head(x, EMBEDDING if config.tie_word_embeddings else LM_HEAD), "chatglm2")
 
 
 def _block(
@@ -89,9 +87,7 @@ def _block(
 ) -> Any:
     prefix, eps = f"{LAYER}.{i}", config.layernorm_epsilon
     u = g.rms_norm(x, f"{prefix}.input_layernorm.weight", eps)
-    qkv = g.fully_connected(
-        u, f"{prefix}.self_attention.query_key_value.weight", bias=config.add_qkv_bias, rows=rows
-    )
+    qkv = g.fully_connected(u, f"{prefix}.self_attention.query_key_value.weight", bias=config.add_qkv_bias, rows=rows)
     context = g.attention(qkv, i, shape, rope)
     y = g.fully_connected(context, f"{prefix}.self_attention.dense.weight", residual=x)
     w = g.rms_norm(y, f"{prefix}.post_attention_layernorm.weight", eps)
@@ -105,9 +101,7 @@ def key_order(config: ChatGLM2Config) -> np.ndarray:
     return interleaved_to_half(config.kv_channels, rotary(config).dim)
 
 
-def position_ids(
-    config: ChatGLM2Config, input_ids: np.ndarray, attention_mask: np.ndarray | None
-) -> np.ndarray:
+def position_ids(config: ChatGLM2Config, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> np.ndarray:
     """Positions int64 [B, N] of all N tokens: 0, 1, 2, ... from the first real token on, 0 on left padding.
     Without a mask every token counts, as in the original."""
     if attention_mask is None:
@@ -117,4 +111,3 @@ def position_ids(
 
 def prefix_length(config: ChatGLM2Config, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> None:
     """Plain causal attention: there is no prefix that every row sees."""
-    return None
