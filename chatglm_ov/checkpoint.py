@@ -1,0 +1,237 @@
+"""Weights of a checkpoint folder, read a block of rows at a time.
+
+    with Checkpoint.open(folder) as checkpoint:
+        checkpoint.verify(shapes, ignored=lambda name: name.endswith("inv_freq"))
+        block = checkpoint["lm_head.weight"].rows(slice(0, 1024))
+
+A block costs its own size in anonymous memory, whatever the size of the tensor and of the file. The exception
+are `.bin` files in PyTorch's format of before 1.6: such a shard is loaded whole, at most OPEN_SHARDS at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.weight_files import FLOATS, READABLE, StoredTensor, open_weight_file, refuse_placeholder
+
+# In order of preference: stem and extension of the file names.
+KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
+
+# A layer may straddle two shards.
+OPEN_SHARDS = 2
+
+Rows = slice | Sequence[int] | np.ndarray
+Files = dict[Path, Sequence[str] | None]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A stored tensor; nothing of it is read before `rows` or `read`.
+
+    `dtype` is the stored type: one of READABLE, or the file's own word for a type that cannot be read.
+    """
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    _checkpoint: Checkpoint = field(repr=False, compare=False)
+
+    def rows(self, rows: Rows) -> np.ndarray:
+        """These rows (first axis), [n, ...], as a new array: float32 for float types, integers as stored."""
+        return self._copy(self._checkpoint._view(self)[rows])
+
+    def read(self) -> np.ndarray:
+        """The whole tensor as a new array: float32 for float types, integers as stored."""
+        return self._copy(self._checkpoint._view(self))
+
+    def check_readable(self) -> None:
+        """ChatGLMError if the stored type is none of READABLE."""
+        if self.dtype not in READABLE:
+            wanted = f"one of {', '.join(READABLE)}"
+            raise ChatGLMError(self.file, f"dtype of {self.name}", self.dtype, wanted)
+
+    def _copy(self, view: np.ndarray) -> np.ndarray:
+        return np.array(view, dtype=np.float32 if self.dtype in FLOATS else None, order="C")
+
+
+class Checkpoint:
+    """All tensors of a folder, whichever files they are in. Use as a context manager, or `close()`."""
+
+    def __init__(self, folder: Path, files: Files):
+        """`files`: the tensors to take from each file, None for all that it holds."""
+        self.folder = folder
+        self._open_shards: dict[Path, dict[str, StoredTensor]] = {}
+        self._closed = False
+        self._tensors: dict[str, Tensor] = {}
+        for file, names in files.items():
+            self._add(file, names)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Find the weight files of `folder` and read their tables of contents.
+
+        Safetensors are preferred where both kinds are there, and a single file to numbered shards. Raises
+        ChatGLMError for a folder without weights, a missing, damaged or empty file, a Git LFS pointer, a bad
+        index, and for a `.bin` file with pickled code.
+        """
+        folder = Path(folder)
+        return cls(folder, _find_files(folder))
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give all mapped files back. Arrays that were read stay valid; nothing more can be read."""
+        self._open_shards.clear()
+        self._closed = True
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> str:
+        return self._tensors[name].dtype
+
+    def nbytes(self, name: str) -> int:
+        return self._tensors[name].nbytes
+
+    def verify(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        optional: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+        ignored: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        """Check names, shapes and types against what a model needs; no weight is read.
+
+        Raises ChatGLMError for a wrong shape or an unreadable type, for a missing tensor of `expected`, and
+        for a tensor in neither mapping unless `ignored(name)`.
+        """
+        known = {**optional, **expected}
+        for name, tensor in self._tensors.items():
+            if name in known:
+                if tensor.shape != tuple(known[name]):
+                    wanted_shape = list(known[name])
+                    raise ChatGLMError(tensor.file, f"shape of {name}", list(tensor.shape), wanted_shape)
+                tensor.check_readable()
+        if missing := [name for name in expected if name not in self._tensors]:
+            wanted = f"a tensor of shape {list(expected[missing[0]])}"
+            raise ChatGLMError(self.folder, missing[0], f"missing{_and_more(missing)}", wanted)
+        if unknown := [name for name in self._tensors if name not in known and not ignored(name)]:
+            tensor = self._tensors[unknown[0]]
+            seen = f"a tensor of shape {list(tensor.shape)}{_and_more(unknown)}"
+            raise ChatGLMError(tensor.file, tensor.name, seen, "only tensors that the config calls for")
+
+    def _add(self, file: Path, names: Sequence[str] | None) -> None:
+        shard = self._shard(file)
+        for name in shard if names is None else names:
+            if name not in shard:
+                raise ChatGLMError(file, name, "missing", "a tensor, as the index says")
+            if name in self._tensors:
+                seen = f"also in {self._tensors[name].file.name}"
+                raise ChatGLMError(file, name, seen, "a tensor of one file only")
+            stored = shard[name]
+            self._tensors[name] = Tensor(name, file, stored.shape, stored.dtype, stored.nbytes, self)
+
+    def _shard(self, file: Path) -> dict[str, StoredTensor]:
+        """Contents of `file`, kept open; the shard whose last use is longest ago is closed for it."""
+        if self._closed:
+            raise ValueError(f"checkpoint {self.folder} is closed")
+        shard = self._open_shards.pop(file, None)
+        if shard is None:
+            while len(self._open_shards) >= OPEN_SHARDS:
+                del self._open_shards[next(iter(self._open_shards))]
+            shard = open_weight_file(file)
+        self._open_shards[file] = shard
+        return shard
+
+    def _view(self, tensor: Tensor) -> np.ndarray:
+        tensor.check_readable()
+        return self._shard(tensor.file)[tensor.name].view()
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _find_files(folder: Path) -> Files:
+    """The weight files of a folder, each with the names to take from it (None: all)."""
+    if not folder.is_dir():
+        seen = "a file" if folder.exists() else "missing"
+        raise ChatGLMError(folder, "checkpoint", seen, "a folder with config.json and weights")
+    kinds = [files for stem, extension in KINDS if (files := _files_of_kind(folder, stem, extension))]
+    if not kinds:
+        wanted = " or ".join(f"{stem}*{extension}" for stem, extension in KINDS)
+        raise ChatGLMError(folder, "weights", f"missing ({_listing(folder)})", wanted)
+    # A download that leaves out the large files of one kind may still have brought the small index of it.
+    files = next((files for files in kinds if any(file.is_file() for file in files)), kinds[0])
+    for file in files:
+        if not file.is_file():
+            wanted = f"one of the {len(files)} files of the checkpoint"
+            raise ChatGLMError(file, "weight file", "missing", wanted)
+    return files
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    if len(names) > 5:
+        names[5:] = ["..."]
+    return f"the folder has {', '.join(names)}" if names else "the folder is empty"
+
+
+def _files_of_kind(folder: Path, stem: str, extension: str) -> Files:
+    """A single file, else the files of the index, else numbered shards without index."""
+    single, index = folder / f"{stem}{extension}", folder / f"{stem}{extension}.index.json"
+    if single.is_file():
+        return {single: None}
+    if index.is_file():
+        return _files_of_index(index)
+    pattern = re.compile(rf"{stem}-(\d+)-of-(\d+){re.escape(extension)}")
+    found = {path.name: match for path in folder.iterdir() if (match := pattern.fullmatch(path.name))}
+    total = max((int(match[2]) for match in found.values()), default=0)
+    names = [f"{stem}-{i:05d}-of-{total:05d}{extension}" for i in range(1, total + 1)]
+    if surplus := sorted(found.keys() - set(names)):
+        raise ChatGLMError(folder, "weight file", surplus[0], f"a name like {names[0]}")
+    return dict.fromkeys(folder / name for name in names)
+
+
+def _files_of_index(index: Path) -> Files:
+    refuse_placeholder(index)
+    try:
+        contents: Any = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        seen = f"not JSON ({error})"
+        raise ChatGLMError(index, "contents", seen, "a JSON object with weight_map") from None
+    weight_map = contents.get("weight_map") if isinstance(contents, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        seen = "missing" if weight_map is None else repr(weight_map)[:40]
+        raise ChatGLMError(index, "weight_map", seen, "an object of tensor name: file name")
+    files: dict[Path, list[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            wanted = "the name of a file beside the index"
+            raise ChatGLMError(index, f"weight_map of {name}", repr(file), wanted)
+        files.setdefault(index.parent / file, []).append(name)
+    return {file: files[file] for file in sorted(files)}
