@@ -1,0 +1,110 @@
+"""Every page starts with a command, every command and program on it runs, and the Chinese pages match the English.
+
+`chatglm3-6b` on the pages is the demo checkpoint here: a real one of that architecture, only smaller.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chatglm_ov.cli.main import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")])
+ENGLISH = [page for page in PAGES if not page.name.endswith(".zh.md")]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CHECKPOINT = ROOT / "chatglm_ov" / "demo" / "checkpoint"
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return [(match[1], match[2]) for match in BLOCK.finditer(page.read_text(encoding="utf-8"))]
+
+
+def headings(page: Path) -> list[int]:
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    return [len(match[1]) for match in re.finditer(r"^(#+) ", text, re.MULTILINE)]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint in the two usual formats."""
+    output = tmp_path_factory.mktemp("docs") / "chatglm3-6b-ov"
+    assert main(["convert", str(CHECKPOINT), str(output)]) == 0
+    return output
+
+
+def run_command(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    environment = {}
+    while words and re.fullmatch(r"[A-Z_0-9]+=.*", words[0]):
+        name, _, environment[name] = words.pop(0).partition("=")
+    if not words:
+        return
+    if words[0] == "chatglm-ov":
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            assert main(words[1:]) == 0, line
+    elif words[0] == "make":
+        subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], check=True, capture_output=True)
+    elif words[0] == "python" and words[1].startswith("tools/"):
+        command = [sys.executable, str(ROOT / words[1]), *words[2:]]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment})
+    else:
+        assert words[0] in {"git", "cd", "pip"}, f"a command that this test does not know: {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_and_programs_run(
+    page: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda prompt="": (_ for _ in ()).throw(EOFError))
+    shutil.copytree(CHECKPOINT, "chatglm3-6b")
+    found = blocks(page)
+    commands = [line for kind, text in found if kind == "bash" for line in text.splitlines()]
+    first = next((line for line in commands if "chatglm3-6b" in line), "")
+    if "convert" not in first and "gen_chatglm" not in first:
+        shutil.copytree(converted, "chatglm3-6b-ov")
+    for kind, text in found:
+        if kind == "bash":
+            for line in text.replace("\\\n", " ").splitlines():
+                run_command(line)
+        elif kind == "python":
+            Path("program.py").write_text(text, encoding="utf-8")
+            runpy.run_path("program.py", run_name="__main__")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_page_starts_with_a_command(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    second_heading = text.find("\n## ")
+    assert blocks(page)[0][0] == "bash"
+    assert 0 < text.find("```bash") < (second_heading if second_heading > 0 else len(text))
+
+
+@pytest.mark.parametrize("page", ENGLISH, ids=page_id)
+def test_chinese_page_has_the_same_structure(page: Path) -> None:
+    chinese = page.with_name(page.name.replace(".md", ".zh.md"))
+    assert chinese.exists()
+    assert headings(chinese) == headings(page)
+    assert [text for _, text in blocks(chinese)] == [text for _, text in blocks(page)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).exists(), target
