@@ -1,0 +1,148 @@
+"""From what a caller passes (ids, masks in three forms, positions) to what the runtime takes.
+
+Letters: B rows, L new columns, T = past + L columns in all, P 1 (one position) or 2 (position, block position).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.generation.cache import StateCache
+
+
+@dataclass
+class Step:
+    """One call of the runtime: `ids` int64 [B, L], `keep` bool [B, T] (False: padding), `position_ids` int64
+    [B, L] or [B, 2, L], `prefix` int64 [B] (columns that every row sees) or None."""
+
+    ids: np.ndarray
+    keep: np.ndarray
+    position_ids: np.ndarray
+    prefix: np.ndarray | None
+
+
+def prepare(
+    compiled: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    cache: StateCache | None = None,
+) -> Step:
+    """Check the arguments of one call and complete them as the original models do (model-family 3.5, 5).
+
+    Without a cache, no mask means that every column is seen, padding too. With one, the mask of the columns in
+    the cache is known and no mask means that the new ones are all real. ChatGLMError names what does not fit.
+    """
+    ids = token_ids(input_ids)
+    past = 0 if cache is None else cache.get_seq_length()
+    if cache is not None and cache.batch_size != len(ids):
+        raise ChatGLMError("input_ids", "rows", len(ids), f"{cache.batch_size}, the rows of past_key_values")
+    mask = None if attention_mask is None else _mask(attention_mask)
+    blocked = None
+    if mask is None:
+        keep = np.ones(ids.shape, dtype=bool)
+        keep = keep if cache is None else np.concatenate([cache.keep, keep], axis=1)
+    elif mask.ndim == 2:
+        keep = _keep(mask, ids, past)
+    else:
+        blocked = _blocked(mask, ids, past)
+        keep = ~blocked[:, -1]
+    # The originals leave padding out of positions and prefix only where a mask tells of it.
+    padded = None if keep.all() else keep.astype(np.int64)
+    prefix = cache.prefix if cache else compiled.architecture.prefix_length(compiled.config, ids, padded)
+    if blocked is not None:
+        _check_blocked(blocked, keep, prefix)
+    if position_ids is not None:
+        positions = _explicit(position_ids, ids, dimensions=2 if prefix is None else 3)
+    elif cache is not None:
+        positions = next_positions(cache.position, ids.shape[1])
+    else:
+        positions = compiled.architecture.position_ids(compiled.config, ids, padded)
+    return Step(ids, keep, positions, prefix)
+
+
+def token_ids(input_ids: Any) -> np.ndarray:
+    """int64 [B, L] of a tensor of whole numbers with at least one id in each row."""
+    ids = _whole_numbers("input_ids", input_ids)
+    if ids.ndim != 2 or ids.size == 0:
+        raise ChatGLMError("input_ids", "shape", list(ids.shape), "[rows, length], at least one token each")
+    return ids.astype(np.int64)
+
+
+def leading_padding(ids: np.ndarray, pad_token_id: int | None, eos_token_ids: list[int]) -> np.ndarray | None:
+    """bool [B, L], False on the run of pad ids that a row begins with; None if padding cannot be told."""
+    if pad_token_id is None or pad_token_id in eos_token_ids:
+        return None
+    keep = np.logical_or.accumulate(ids != pad_token_id, axis=1)
+    return None if keep.all() else keep
+
+
+def next_positions(last: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the `count` tokens after those with the positions `last`: [B] -> [B, count], counting on;
+    [B, 2] -> [B, 2, count], where the position stays and the block position counts on."""
+    step = np.arange(1, count + 1, dtype=np.int64)
+    if last.ndim == 1:
+        return last[:, None] + step
+    return last[:, :, None] + np.stack([np.zeros_like(step), step])
+
+
+def _explicit(position_ids: torch.Tensor, ids: np.ndarray, dimensions: int) -> np.ndarray:
+    """The caller's positions as int64 [B, L], or [B, 2, L] with 3 dimensions; one row stands for all rows."""
+    positions = _whole_numbers("position_ids", position_ids)
+    rows, length = ids.shape
+    inner = [length] if dimensions == 2 else [2, length]
+    if list(positions.shape[1:]) != inner or len(positions) not in (1, rows):
+        raise ChatGLMError("position_ids", "shape", list(positions.shape), [rows, *inner])
+    return np.broadcast_to(positions.astype(np.int64), (rows, *inner))
+
+
+def _keep(mask: np.ndarray, ids: np.ndarray, past: int) -> np.ndarray:
+    """bool [B, T] of a mask of ones and zeros [B, T]."""
+    wanted = (len(ids), past + ids.shape[1])
+    if mask.shape != wanted:
+        raise ChatGLMError("attention_mask", "shape", list(mask.shape), f"{list(wanted)}: [rows, past + new columns]")
+    for row in np.flatnonzero(~mask.any(axis=1)):
+        raise ChatGLMError(f"attention_mask row {row}", "tokens", 0, "at least one that is not padding")
+    return mask
+
+
+def _blocked(mask: np.ndarray, ids: np.ndarray, past: int) -> np.ndarray:
+    """bool [B, L, T] of the first generation's own mask [B, 1, L, T], True where a column is not seen."""
+    rows, length = ids.shape
+    if mask.shape != (rows, 1, length, past + length):
+        wanted = f"[{rows}, {past + length}] (1 = seen) or [{rows}, 1, {length}, {past + length}] (1 = not seen)"
+        raise ChatGLMError("attention_mask", "shape", list(mask.shape), wanted)
+    return mask[:, 0]
+
+
+def _mask(attention_mask: torch.Tensor) -> np.ndarray:
+    return _whole_numbers("attention_mask", attention_mask, bools=True) != 0
+
+
+def _whole_numbers(name: str, tensor: Any, bools: bool = False) -> np.ndarray:
+    if not isinstance(tensor, torch.Tensor):
+        raise ChatGLMError(name, "type", type(tensor).__name__, "a torch.Tensor")
+    if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and not bools):
+        raise ChatGLMError(name, "dtype", tensor.dtype, "torch.int64" + " or torch.bool" * bools)
+    return tensor.cpu().numpy()
+
+
+def _check_blocked(blocked: np.ndarray, keep: np.ndarray, prefix: np.ndarray | None) -> None:
+    """A mask [B, L, T] must be what padding and prefix make of it, but for the rows of padding, whose results
+    nobody reads: the runtime takes nothing else."""
+    if prefix is None:
+        raise ChatGLMError("attention_mask", "dimensions", 4, "2: [rows, columns], 1 = seen")
+    length, total = blocked.shape[1:]
+    columns = np.arange(total)
+    later = columns > np.arange(total - length, total)[:, None]
+    expected = ~keep[:, None] | (later & (columns >= prefix[:, None, None]))
+    differs = (expected != blocked) & keep[:, -length:, None]
+    for row, i, j in np.argwhere(differs)[:1]:
+        seen = "blocked" if blocked[row, i, j] else "open"
+        wanted = "left padding blocked, columns before <sop> open, causal from there"
+        raise ChatGLMError(f"attention_mask row {row}", f"column {j} for token {i}", seen, wanted)

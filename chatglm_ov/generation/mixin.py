@@ -1,0 +1,150 @@
+"""What Hugging Face `generate()` needs to know about a model that keeps its cache to itself.
+
+The steps between two calls of the model (which ids are new, mask, positions, cache) are done here in full and not by
+the base class, whose versions differ in them: some append positions, some drop a mask of ones, some make a
+cache of their own, and none knows positions in two rows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, GenerationMixin
+
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.generation import inputs
+from chatglm_ov.generation.cache import Session, StateCache
+
+if TYPE_CHECKING:
+    from chatglm_ov.generation.inputs import Step
+
+
+class StatefulGenerationMixin(GenerationMixin):
+    """`generate()` over a model with `compiled`, `session` and `forward` (see OVChatGLMForCausalLM)."""
+
+    # No dynamic cache is made for it, and no mode that takes tokens back is tried.
+    _is_stateful = True
+    _supports_cache_class = True
+
+    compiled: Any
+    session: Session
+
+    def generate(  # type: ignore[override]
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As in Hugging Face (same arguments, same results), with the masks and positions of these models.
+
+        `inputs` (or `input_ids`) int64 [B, L], left-padded; `attention_mask` [B, L] with 1 = token, or the first
+        generation's own [B, 1, L, L] with 1 = not seen; without one, leading pad ids are taken for padding.
+        `position_ids` as in `forward`. With `past_key_values`, `inputs` is the whole sequence or, if shorter
+        than the cache or than the mask, what is new.
+        """
+        if kwargs.get("inputs_embeds") is not None:
+            raise ChatGLMError("generate", "inputs_embeds", "given", "input_ids")
+        ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        step = self._first_step(ids, generation_config or self.generation_config, kwargs)
+        kwargs["attention_mask"] = torch.from_numpy(step.keep.astype(np.int64))
+        kwargs["position_ids"] = torch.from_numpy(np.array(step.position_ids))
+        return super().generate(ids, generation_config, *args, **kwargs)  # type: ignore[misc]
+
+    def _first_step(self, input_ids: Any, config: GenerationConfig, kwargs: dict[str, Any]) -> Step:
+        ids, cache = inputs.token_ids(input_ids), self._checked_cache(kwargs.get("past_key_values"))
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        new = ids.shape[1]
+        if cache is not None:
+            total = mask.shape[-1] if mask is not None else max(new, cache.get_seq_length())
+            new = total - cache.get_seq_length() if total > cache.get_seq_length() else new
+        elif mask is None:
+            keep = inputs.leading_padding(ids, *_special_ids(config, kwargs))
+            mask = None if keep is None else torch.from_numpy(keep)
+        if not 0 < new <= ids.shape[1]:
+            raise ChatGLMError("input_ids", "length", ids.shape[1], f"at least {new}, the columns not in the cache")
+        positions = None if positions is None else positions[..., -new:]
+        return inputs.prepare(self.compiled, input_ids[:, -new:], mask, positions, cache)
+
+    def _checked_cache(self, cache: Any) -> StateCache | None:
+        """The cache argument if it is the handle of what is in the model now; ChatGLMError for any other."""
+        if cache is None:
+            return None
+        if not isinstance(cache, StateCache):
+            raise ChatGLMError("past_key_values", "type", type(cache).__name__, "a cache returned by this model")
+        cache.check_current(self.session)
+        return cache
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: StateCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        next_sequence_length: int | None = None,
+        use_cache: bool = True,
+        logits_to_keep: int = 1,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The arguments of the next call: the columns that are not in the cache, the LM head on the last one."""
+        new = input_ids.shape[1]
+        if next_sequence_length is not None:
+            new = next_sequence_length
+        elif past_key_values is not None and attention_mask is not None:
+            new = attention_mask.shape[1] - past_key_values.get_seq_length()
+        passed_on = ("output_attentions", "output_hidden_states")
+        return {
+            "input_ids": input_ids[:, -new:],
+            "attention_mask": attention_mask,
+            "position_ids": None if position_ids is None else position_ids[..., -new:],
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+            **{name: kwargs[name] for name in passed_on if name in kwargs},
+        }
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
+    ) -> dict[str, Any]:
+        """Append the column of the token just chosen to mask and positions."""
+        model_kwargs["past_key_values"] = outputs.get("past_key_values")
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
+        if mask is not None:
+            model_kwargs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), num_new_tokens)], dim=1)
+        following = inputs.next_positions(positions[..., -1].numpy(), num_new_tokens)
+        model_kwargs["position_ids"] = torch.cat([positions, torch.from_numpy(following)], dim=-1)
+        return model_kwargs
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """Repeat every row for beams or return sequences; rows come first in every tensor here."""
+        if expand_size == 1:
+            return input_ids, model_kwargs
+        for name, value in model_kwargs.items():
+            if isinstance(value, torch.Tensor) and name != "cache_position":
+                model_kwargs[name] = value.repeat_interleave(expand_size, dim=0)
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"].batch_repeat_interleave(expand_size)
+        return None if input_ids is None else input_ids.repeat_interleave(expand_size, dim=0), model_kwargs
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """No cache object is made here: the first call returns the handle of the one inside the model."""
+        if generation_config.cache_implementation is not None:
+            seen = generation_config.cache_implementation
+            raise ChatGLMError("generate", "cache_implementation", repr(seen), "None: the cache is inside the model")
+
+
+def _special_ids(config: GenerationConfig, kwargs: dict[str, Any]) -> tuple[int | None, list[int]]:
+    """pad_token_id and the end ids that one call of generate() works with."""
+    eos = kwargs.get("eos_token_id", config.eos_token_id)
+    ends = [] if eos is None else [int(i) for i in np.atleast_1d(eos)]
+    return kwargs.get("pad_token_id", config.pad_token_id), ends

@@ -1,0 +1,164 @@
+"""`OVChatGLMForCausalLM`: a converted folder as a Hugging Face model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from chatglm_ov.config import ArchitectureConfig, read_config_json
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.generation.cache import Session, StateCache
+from chatglm_ov.generation.inputs import prepare
+from chatglm_ov.generation.mixin import StatefulGenerationMixin
+from chatglm_ov.runtime import load_model
+
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# Fields of published files that would switch on parts of transformers that have no say here.
+_LEFT_OUT = {
+    "_name_or_path",
+    "architectures",
+    "attn_implementation",
+    "auto_map",
+    "dtype",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+class OVChatGLMConfig(PretrainedConfig):
+    """The fields of config.json under their own names, and those that `generate()` asks for:
+    `vocab_size` (rows of the LM head), `num_hidden_layers`, `max_position_embeddings` (where there is a limit)."""
+
+    model_type = "chatglm"
+
+    @classmethod
+    def from_folder(cls, folder: Path | str, architecture: ArchitectureConfig) -> OVChatGLMConfig:
+        """Of `folder/config.json`, whose typed form is `architecture`."""
+        generation = set(vars(GenerationConfig())) - set(_TOKEN_IDS)
+        fields = {k: v for k, v in read_config_json(folder).items() if k not in generation | _LEFT_OUT}
+        fields |= {name: getattr(architecture, name) for name in _TOKEN_IDS}
+        fields |= {"vocab_size": architecture.vocab_rows, "num_hidden_layers": architecture.num_layers}
+        if architecture.max_positions is not None:
+            fields["max_position_embeddings"] = architecture.max_positions
+        fields |= {"is_encoder_decoder": False, "name_or_path": str(folder)}
+        return cls(**fields)
+
+
+class OVChatGLMForCausalLM(StatefulGenerationMixin, PreTrainedModel):
+    """A model of the ChatGLM family on OpenVINO.
+
+    It owns one infer request, so one KV cache: a call without `past_key_values` begins a new sequence in it, the
+    cache object that a call returns stands for it, and an older object is refused. Use one instance at a time.
+    """
+
+    config_class = OVChatGLMConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config: OVChatGLMConfig, compiled: Any):
+        super().__init__(config)
+        self.compiled = compiled
+        self.session = Session(compiled.create_request(), config.num_hidden_layers)
+        self.post_init()
+        self.eval()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        folder: Path | str,
+        weight_format: str | None = None,
+        inference_precision: str | None = None,
+        device: str = "CPU",
+        properties: dict[str, Any] | None = None,
+    ) -> OVChatGLMForCausalLM:
+        """Open a converted folder.
+
+        `weight_format` None: int8 if it is there, else bf16, else the first. `inference_precision` ("f32",
+        "bf16") None: what the device prefers. `properties`: further OpenVINO properties.
+        """
+        compiled = load_model(folder, weight_format, inference_precision, device, properties)
+        model = cls(OVChatGLMConfig.from_folder(folder, compiled.config), compiled)
+        model.generation_config = _generation_config(Path(folder), compiled.config)
+        return model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Not offered: the converted folder is the saved form, and complete by itself."""
+        folder = self.config.name_or_path
+        raise ChatGLMError("save_pretrained", "model", "a converted one", f"a copy of the folder {folder}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors that go in and come out live."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+        return torch.float32
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        logits_to_keep: int = 0,
+        use_cache: bool | None = True,
+        return_dict: bool | None = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits of the next token after each column, float32 [B, L, V], and the cache.
+
+        `input_ids` int64 [B, L]. `attention_mask` None (every column is seen), int or bool [B, past + L] with
+        1 = token, or the first generation's [B, 1, L, past + L] with 1 = not seen. `position_ids` int64 [B, L]
+        ([B, 2, L] in the first generation), None: as the original makes them. `past_key_values` None begins a new
+        sequence; the cache that the last call returned continues it. `logits_to_keep` n > 0: the last n only.
+        """
+        _refuse(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ChatGLMError("forward", "logits_to_keep", logits_to_keep, "0 (all) or a number of last columns")
+        cache = self._checked_cache(past_key_values)
+        step = prepare(self.compiled, input_ids, attention_mask, position_ids, cache)
+        if cache is None:
+            cache = self.session.restart(len(step.ids), step.prefix)
+        logits = self.session.request.infer(
+            step.ids,
+            step.keep.astype(np.int64),
+            step.position_ids,
+            cache.beam_idx,
+            logits_to_keep=logits_to_keep,
+            prefix_length=step.prefix,
+        )
+        cache.advance(step.keep, step.position_ids[..., -1])
+        handle = cache if use_cache is not False else None
+        output = CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=handle)
+        return output.to_tuple() if return_dict is False else output
+
+
+def _refuse(**wishes: bool | None) -> None:
+    for name, wished in wishes.items():
+        if wished:
+            raise ChatGLMError("forward", name, True, "False: the compiled model gives logits only")
+
+
+def _generation_config(folder: Path, architecture: ArchitectureConfig) -> GenerationConfig:
+    """generation_config.json, if it is there; the special ids that it leaves out come from config.json."""
+    config = GenerationConfig()
+    path = folder / "generation_config.json"
+    if path.is_file():
+        try:
+            config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            seen = f"unusable ({str(error).splitlines()[0]})"
+            raise ChatGLMError(path, "contents", seen, "the fields of a GenerationConfig") from error
+    for name in _TOKEN_IDS:
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(architecture, name))
+    return config

@@ -1,0 +1,82 @@
+"""The golden sets that are here: checkpoints with the arrays that the original implementations made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from chatglm_ov import OVChatGLMForCausalLM, convert
+
+TESTS = Path(__file__).parent
+ROOTS = {"data": TESTS / "data" / "golden", "shared": TESTS.parent.parent / "shared" / "golden"}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One folder: `checkpoint`, and `golden.npz` with arrays PROMPT_WHAT (see the README of the full set)."""
+
+    root: str
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @cached_property
+    def arrays(self) -> np.lib.npyio.NpzFile:
+        return np.load(self.folder / "golden.npz")
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.arrays[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.arrays.files
+
+    def tensor(self, key: str) -> torch.Tensor | None:
+        return torch.from_numpy(self[key]) if key in self else None
+
+    def pads(self, prompt: str) -> np.ndarray:
+        """Padding columns at the left of each row."""
+        return self[f"{prompt}_pads"] if f"{prompt}_pads" in self else np.zeros(1, dtype=int)
+
+    def __str__(self) -> str:
+        return f"{self.root}-{self.folder.name}"
+
+
+GOLDENS = [
+    Golden(name, path.parent)
+    for name, root in ROOTS.items()
+    for path in sorted(root.rglob("golden.npz"))
+    if not path.parent.name.endswith("_chat")
+]
+
+
+def cases(what: str) -> list:
+    """Parameters (golden, prompt) for every array PROMPT_what that is here."""
+    return [
+        pytest.param(golden, key[: -len(what) - 1], id=f"{golden}-{key[: -len(what) - 1]}")
+        for golden in GOLDENS
+        for key in golden.arrays.files
+        if key.endswith(f"_{what}")
+    ]
+
+
+@pytest.fixture(scope="session")
+def open_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Golden], OVChatGLMForCausalLM]:
+    """Function from a golden set to its model in f32, each converted and loaded once."""
+    models: dict[Path, OVChatGLMForCausalLM] = {}
+
+    def open_once(golden: Golden) -> OVChatGLMForCausalLM:
+        if golden.checkpoint not in models:
+            folder = tmp_path_factory.mktemp("converted") / golden.folder.name
+            convert(golden.checkpoint, folder, weight_formats=("f32",), ops="stock", progress=False)
+            models[golden.checkpoint] = OVChatGLMForCausalLM.from_pretrained(folder, inference_precision="f32")
+        return models[golden.checkpoint]
+
+    return open_once
