@@ -18,7 +18,7 @@ from chatglm_ov.errors import ChatGLMError
 class ArchitectureConfig(BaseModel):
     """What the later parts may ask of every architecture, whatever its own field names are."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
     architecture: ClassVar[str]
     """Name of the module in `chatglm_ov.models` that defines the model."""
@@ -29,6 +29,9 @@ class ArchitectureConfig(BaseModel):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
+    # Weights stored quantized, and a trained prefix (P-Tuning) in front of the cache: not covered.
+    quantization_bit: Literal[0] | None = None
+    pre_seq_len: Literal[0] | None = None
 
     @property
     def vocab_rows(self) -> int:
@@ -123,13 +126,15 @@ class ChatGLM2Config(ArchitectureConfig):
     @model_validator(mode="before")
     @classmethod
     def _guess_rope_ratio_meaning(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Nothing in the file says which meaning `rope_ratio` has, except where the file comes from:
-        ChatGLM2 was saved under transformers 4.27, everything later under 4.30 or newer."""
+        """Nothing in the file says which meaning `rope_ratio` has, except where the file comes from: its name,
+        or that ChatGLM2 was saved under transformers 4.27, everything later under 4.30 or newer."""
         if fields.get("rope_ratio_meaning") is not None:
             return fields
-        from_chatglm2 = "chatglm2" in str(fields.get("_name_or_path", "")).lower()
+        name = str(fields.get("_name_or_path", "")).lower()
+        by_name = [generation for generation in ("chatglm2", "chatglm3", "glm-4", "codegeex") if generation in name]
         saved_by_427 = str(fields.get("transformers_version", "")).startswith("4.27.")
-        return {**fields, "rope_ratio_meaning": "position" if from_chatglm2 or saved_by_427 else "base"}
+        from_chatglm2 = by_name == ["chatglm2"] or (not by_name and saved_by_427)
+        return {**fields, "rope_ratio_meaning": "position" if from_chatglm2 else "base"}
 
     @property
     def vocab_rows(self) -> int:
@@ -164,12 +169,20 @@ def parse_config(fields: dict[str, Any], where: Path | str = "config.json") -> A
     try:
         config = _config_class(fields, where).model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "config"
-        seen = "missing" if first["type"] == "missing" else repr(first["input"])
-        raise ChatGLMError(where, field, seen, first["msg"]) from None
+        raise _field_error(where, fields, error) from None
     _check_heads(config, where)
     return config
+
+
+def _field_error(where: Path | str, fields: dict[str, Any], error: ValidationError) -> ChatGLMError:
+    """The first field that is wrong. Of a union pydantic reports every branch that failed."""
+    failures = error.errors()
+    field = str(failures[0]["loc"][0])
+    if field not in fields:
+        return ChatGLMError(where, field, "missing", "a value")
+    messages = dict.fromkeys(failure["msg"] for failure in failures if failure["loc"][0] == field)
+    wanted = " or ".join(message.removeprefix("Input should be ") for message in messages)
+    return ChatGLMError(where, field, repr(fields[field]), wanted)
 
 
 def _check_heads(config: ArchitectureConfig, where: Path | str) -> None:
@@ -179,7 +192,8 @@ def _check_heads(config: ArchitectureConfig, where: Path | str) -> None:
     if config.architecture == "chatglm" and config.hidden_size % heads:
         raise ChatGLMError(where, "hidden_size", config.hidden_size, f"a multiple of num_attention_heads {heads}")
     if config.head_dim % 4:
-        raise ChatGLMError(where, "head_dim", config.head_dim, "a multiple of 4")
+        field = "hidden_size / num_attention_heads" if config.architecture == "chatglm" else "kv_channels"
+        raise ChatGLMError(where, field, config.head_dim, "a multiple of 4")
 
 
 def read_config_json(folder: Path | str) -> dict[str, Any]:
