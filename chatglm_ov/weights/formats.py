@@ -17,6 +17,9 @@ import numpy as np
 GROUP_SIZE = 128
 """Columns that share a scale and a zero point in int4."""
 
+SMALLEST_SCALE = np.finfo(np.float32).tiny
+"""A smaller scale is subnormal and has lost digits: what it would cover is stored as zeros."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -61,7 +64,7 @@ def _int8_parts(columns: int) -> tuple[Part, ...]:
 def _encode_int8(block: np.ndarray) -> tuple[np.ndarray, ...]:
     """Symmetric, one scale a row: scale = max|w| / 127, so that the largest weight is exact."""
     scale = np.abs(block).max(axis=1, keepdims=True) / np.float32(127)
-    scale[scale == 0] = 1
+    scale[scale < SMALLEST_SCALE] = 1
     return np.rint(block / scale).astype(np.int8), scale
 
 
@@ -86,10 +89,10 @@ def _encode_int4(block: np.ndarray) -> tuple[np.ndarray, ...]:
     low = np.minimum(groups.min(axis=2, keepdims=True), 0)
     high = np.maximum(groups.max(axis=2, keepdims=True), 0)
     scale = (high - low) / np.float32(15)
-    scale[scale == 0] = 1
+    scale[scale < SMALLEST_SCALE] = 1
     zero_point = np.rint(-low / scale)
     levels = np.clip(np.rint(groups / scale) + zero_point, 0, 15)
-    return pack_u4(levels), pack_u4(zero_point), scale.astype(np.float32)
+    return pack_u4(levels), pack_u4(zero_point), scale
 
 
 def pack_u4(values: np.ndarray) -> np.ndarray:

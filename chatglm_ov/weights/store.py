@@ -10,7 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import openvino as ov
 
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint import Checkpoint, Tensor
+from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.weights.file import WeightsFile
 from chatglm_ov.weights.formats import FORMATS, TABLE_FORMATS, WeightFormat
 
@@ -44,7 +45,7 @@ class WeightStore:
         """A bias or norm weight, float32 [N]."""
         if name not in self._constants:
             tensor = self.checkpoint[name]
-            values = tensor.read().astype(np.float32, copy=False)
+            values = _finite(tensor, tensor.read())
             self.file.write(name, [values if rows is None else values[rows]])
             self._constants[name] = {"weight": self.file.constant(name, "f32", values.shape)}
             self._progress(name, tensor.nbytes)
@@ -66,7 +67,7 @@ class WeightStore:
         step = max(2, BLOCK_BYTES // (4 * columns) // 2 * 2)
         for start in range(0, count, step):
             index = slice(start, min(start + step, count)) if rows is None else rows[start : start + step]
-            block = tensor.rows(index)
+            block = _finite(tensor, tensor.rows(index))
             encoded = fmt.encode(block)
             ends = [self.file.write_at(*place) for place in zip(entries, ends, encoded, strict=True)]
             self._progress(name, tensor.nbytes * block.shape[0] // count)
@@ -74,3 +75,11 @@ class WeightStore:
             part.name: self.file.constant(n, part.element_type, (count, *part.shape))
             for n, part in zip(names, parts, strict=True)
         }
+
+
+def _finite(tensor: Tensor, values: np.ndarray) -> np.ndarray:
+    """`values` themselves. One NaN or infinity would spoil the scale of its row, and every sum it enters."""
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise ChatGLMError(tensor.file, f"a value of {tensor.name}", values[~finite][0], "a finite number")
+    return values
