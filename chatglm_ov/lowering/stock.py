@@ -17,8 +17,9 @@ from chatglm_ov.lowering import Activation, AttentionShape, Rotary
 from chatglm_ov.weights.ir import DECOMPRESSION_SUFFIX
 from chatglm_ov.weights.store import WeightStore
 
-BLOCKED = np.float32(-65504)
-"""Added to a score that is masked. Finite, so that a row of padding, which sees nothing, is no NaN."""
+BLOCKED = np.float32(np.finfo(np.float16).min / 2)
+"""Added to a score that is masked. The sum is finite in every type, float16 too, so that a row of padding, which
+sees nothing, is no NaN."""
 
 
 def _i64(*values: int) -> ov.Node:
