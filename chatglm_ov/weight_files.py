@@ -28,9 +28,7 @@ FLOATS = MappingProxyType(
         "float32": np.dtype(np.float32),
     }
 )
-INTEGERS = MappingProxyType(
-    {"int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8), "int32": np.dtype(np.int32)}
-)
+INTEGERS = MappingProxyType({"int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8), "int32": np.dtype(np.int32)})
 READABLE = MappingProxyType({**FLOATS, **INTEGERS})
 
 SAFETENSORS_NAMES = MappingProxyType(
