@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.lowering.stock import StockLowering
 from chatglm_ov.models import architecture
 from chatglm_ov.tokenizer import save_tokenizer_files
+from chatglm_ov.weight_files import FLOATS
 from chatglm_ov.weights.file import WeightsFile
 from chatglm_ov.weights.formats import FORMATS, TABLE_FORMATS
 from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, write_ir
@@ -90,10 +93,10 @@ def convert(
         plan = make_plan(config, weights, weight_formats)
         log.info("%s", plan)
         _check_disk(plan, target)
-        with _finished_or_nothing(target) as partial, _progress_bar(plan, progress) as report:
+        with _finished_or_nothing(target.resolve(), overwrite) as partial, _progress_bar(plan, progress) as report:
+            _write_side_files(source, partial, fields, config, ops)
             for weight_format in plan.weight_formats:
                 _write_model(config, weights, partial / weight_format, weight_format, ops, report)
-            _write_side_files(source, partial, fields, config, ops)
     return target
 
 
@@ -153,13 +156,22 @@ def _check_arguments(source: Path, target: Path, weight_formats: Sequence[str], 
         raise ChatGLMError(target, "output", "a file", "a folder that is new or empty")
     if target.resolve() == source.resolve():
         raise ChatGLMError(target, "output", "the checkpoint itself", "another folder")
+    if target.resolve() in source.resolve().parents:
+        raise ChatGLMError(target, "output", "a folder that the checkpoint is in", "another folder")
+    if os.path.ismount(target):
+        raise ChatGLMError(target, "output", "a mount point, which cannot be renamed to", "a folder in it")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ChatGLMError(target, "output", "not empty", "a new or empty folder, or --overwrite")
 
 
 def _verify(config: ArchitectureConfig, weights: Checkpoint) -> None:
     module = architecture(config)
-    weights.verify(module.weight_shapes(config), ignored=lambda name: module.is_ignored(config, name))
+    shapes = module.weight_shapes(config)
+    weights.verify(shapes, ignored=lambda name: module.is_ignored(config, name))
+    for name in shapes:
+        if weights.dtype(name) not in FLOATS:
+            wanted = f"one of {', '.join(FLOATS)}"
+            raise ChatGLMError(weights[name].file, f"dtype of {name}", weights.dtype(name), wanted)
 
 
 def _check_disk(plan: Plan, target: Path) -> None:
@@ -173,26 +185,52 @@ def _check_disk(plan: Plan, target: Path) -> None:
 
 
 @contextmanager
-def _finished_or_nothing(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that replaces it on success and vanishes on any error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".{target.name}.partial-*"):
-        pid = leftover.name.rsplit("-", 1)[1]
-        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
-            shutil.rmtree(leftover, ignore_errors=True)
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-    partial.mkdir()
+def _finished_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `target` that takes its name on success and vanishes on any error."""
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        partial.mkdir()
         yield partial
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
+        _put_in_place(partial, target, overwrite)
     except OSError as error:
         raise ChatGLMError(
             target, "output", f"not writable ({error.strerror or error})", "a folder on a disk with room"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
+    """The old folder is whole until the new one stands in its place."""
+    if overwrite and target.exists():
+        replaced = partial.with_name(f"{partial.name}-replaced")
+        target.rename(replaced)
+        partial.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        # Fails where another conversion was faster.
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Folders of conversions to `target` that were killed."""
+    prefix = f".{target.name}.partial-"
+    for folder in target.parent.glob(escape(prefix) + "*"):
+        if not _owner_runs(folder, folder.name.removeprefix(prefix).partition("-")[0]):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _owner_runs(folder: Path, pid: str) -> bool:
+    """Whether the process that made `folder` is still there. A process that is younger than the folder has the
+    number of one that is gone; the clocks of the two times agree to a second."""
+    try:
+        return psutil.Process(int(pid)).create_time() < folder.stat().st_mtime + 1
+    except (ValueError, psutil.NoSuchProcess):
+        return False
 
 
 @contextmanager

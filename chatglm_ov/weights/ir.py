@@ -23,12 +23,17 @@ DECOMPRESSION_SUFFIX = ".decompressed"
 
 
 def write_ir(model: ov.Model, weights: WeightsFile, xml_path: Path) -> None:
-    """Write the XML of `model`, whose large constants are already in `weights`; small ones are appended."""
+    """Write the XML of `model`, whose large constants are already in `weights`; small ones are appended. Raises
+    OSError where it cannot be written."""
     for node in model.get_ordered_ops():
         name = node.get_friendly_name()
         if node.get_type_name() == "Constant" and name not in weights.entries:
             weights.write(name, [node.data])
-    ov.serialize(model, str(xml_path), os.devnull)
+    try:
+        ov.serialize(model, str(xml_path), os.devnull)
+    except RuntimeError as error:
+        # All that OpenVINO says of a full disk.
+        raise OSError(f"{xml_path.name}: {error}") from error
     tree = ElementTree.parse(xml_path)
     for layer in tree.iter("layer"):
         if layer.get("type") == "Const":
