@@ -29,6 +29,7 @@ from chatglm_ov.config import ArchitectureConfig, RopeRatioMeaning, parse_config
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.lowering.stock import StockLowering
 from chatglm_ov.models import architecture
+from chatglm_ov.sizes import size
 from chatglm_ov.tokenizer import save_tokenizer_files
 from chatglm_ov.weight_files import FLOATS
 from chatglm_ov.weights.file import WeightsFile
@@ -57,8 +58,8 @@ class Plan:
         formats = ", ".join(self.weight_formats)
         return (
             f"{self.config.architecture}, {self.config.num_layers} layers: {formats}. "
-            f"Reads {self.read_bytes / 1e9:.2f} GB, writes {self.disk_bytes / 1e9:.2f} GB, "
-            f"needs about {self.memory_bytes / 1e9:.1f} GB of memory."
+            f"Reads {size(self.read_bytes)}, writes {size(self.disk_bytes)}, "
+            f"needs about {size(self.memory_bytes)} of memory."
         )
 
 
@@ -180,8 +181,8 @@ def _check_disk(plan: Plan, target: Path) -> None:
         parent = parent.parent
     free = psutil.disk_usage(str(parent)).free
     if free < plan.disk_bytes:
-        wanted = f"{plan.disk_bytes / 1e9:.2f} GB for {', '.join(plan.weight_formats)}"
-        raise ChatGLMError(target, "free disk space", f"{free / 1e9:.2f} GB", wanted)
+        wanted = f"{size(plan.disk_bytes)} for {', '.join(plan.weight_formats)}"
+        raise ChatGLMError(target, "free disk space", size(free), wanted)
 
 
 @contextmanager
