@@ -1,0 +1,112 @@
+"""The interface of a chat format, and what several formats share."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from chatglm_ov.errors import ChatGLMError
+
+Message = dict[str, Any]
+Response = str | dict[str, Any]
+
+ROLES = ("system", "user", "assistant", "observation")
+
+
+@dataclass(frozen=True)
+class ChatDefaults:
+    """Arguments of generate() that the original chat() uses unless told otherwise. max_length counts the prompt too."""
+
+    max_length: int
+    top_p: float
+    temperature: float
+    do_sample: bool = True
+    num_beams: int = 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class ChatFormat(ABC):
+    """How one generation writes a conversation as ids, and reads the answer.
+
+    A history is what the original chat() takes and returns: a list of (query, answer) pairs for v1 and ChatGLM2, a list
+    of messages `{"role", "content"[, "metadata"][, "tools"]}` for ChatGLM3 and GLM-4. No method changes its arguments.
+    """
+
+    name: str
+    defaults: ChatDefaults
+
+    @abstractmethod
+    def stop_token_ids(self, tokenizer: Any) -> list[int]:
+        """Ids that end an answer."""
+
+    @abstractmethod
+    def conversation_text(
+        self, tokenizer: Any, messages: Sequence[Message], tools: Any = None, add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt as text, special tokens written out."""
+
+    @abstractmethod
+    def conversation_ids(
+        self, tokenizer: Any, messages: Sequence[Message], tools: Any = None, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """The prompt as ids, with all special tokens that the model wants around it."""
+
+    @abstractmethod
+    def build_inputs(
+        self, tokenizer: Any, query: str, history: Sequence | None = None, role: str = "user"
+    ) -> list[int]:
+        """Ids of the prompt that asks `query` after `history`."""
+
+    @abstractmethod
+    def process_response(
+        self, output: str, query: str, history: Sequence | None = None, role: str = "user"
+    ) -> tuple[Response, list]:
+        """The answer that is told to the caller, and the history with this round in it.
+
+        `output` is the decoded answer without its stop token; it may be an unfinished one of a stream.
+        """
+
+    def without_stop_token(self, tokenizer: Any, ids: Sequence[int]) -> list[int]:
+        """`ids` less a stop token at the end. The originals drop the last id whatever it is, which loses text when an
+        answer ends for its length."""
+        stops = self.stop_token_ids(tokenizer)
+        return list(ids[:-1]) if len(ids) and ids[-1] in stops else list(ids)
+
+    def answer(
+        self, tokenizer: Any, ids: Sequence[int], query: str, history: Sequence | None = None, role: str = "user"
+    ) -> tuple[Response, list]:
+        """Like `process_response`, from the generated ids."""
+        text = tokenizer.decode(self.without_stop_token(tokenizer, ids))
+        return self.process_response(text, query, history, role)
+
+
+def checked_text(value: Any, where: str, field: str) -> str:
+    if not isinstance(value, str):
+        raise ChatGLMError(where, field, f"of type {type(value).__name__}", "text")
+    return value
+
+
+def checked_messages(messages: Any, where: str = "history") -> list[Message]:
+    """A deep copy of a list of messages, each with a known role and text as content."""
+    if not isinstance(messages, (list, tuple)):
+        raise ChatGLMError(where, "value", f"of type {type(messages).__name__}", "a list of messages (dict)")
+    for index, message in enumerate(messages):
+        place = f"{where}[{index}]"
+        if not isinstance(message, dict):
+            raise ChatGLMError(place, "message", f"of type {type(message).__name__}", "a dict with role and content")
+        if message.get("role") not in ROLES:
+            raise ChatGLMError(place, "role", repr(message.get("role")), ", ".join(ROLES[:-1]) + " or " + ROLES[-1])
+        checked_text(message.get("content"), place, "content")
+        checked_text(message.get("metadata") or "", place, "metadata")
+    return copy.deepcopy(list(messages))
+
+
+def checked_role(role: Any, allowed: Sequence[str] = ROLES) -> str:
+    if role not in allowed:
+        raise ChatGLMError("chat", "role", repr(role), " or ".join(allowed))
+    return role

@@ -1,0 +1,35 @@
+"""Chat format of ChatGLM-6B (v1)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from chatglm_ov.chat.base import ChatDefaults
+from chatglm_ov.chat.rounds import Round, RoundsFormat
+
+# The tokenizer folds full-width punctuation to ASCII; beside a Chinese character it is widened again.
+_WIDE = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
+_CHINESE = "[\u4e00-\u9fff]"
+
+
+class ChatGLMFormat(RoundsFormat):
+    """A first question is the bare text; later ones follow `[Round i]` lines, counted from 0, of all rounds before."""
+
+    name = "chatglm"
+    defaults = ChatDefaults(max_length=2048, top_p=0.7, temperature=0.95)
+
+    def prompt(self, query: str, history: Sequence[Round]) -> str:
+        if not history:
+            return query
+        rounds = [
+            f"[Round {index}]\n问：{question}\n答：{answer}\n" for index, (question, answer) in enumerate(history)
+        ]
+        return "".join(rounds) + f"[Round {len(history)}]\n问：{query}\n答："
+
+    def clean(self, output: str) -> str:
+        response = output.strip().replace("[[训练时间]]", "2023年")
+        for narrow, wide in _WIDE.items():
+            response = re.sub(f"({_CHINESE}){re.escape(narrow)}", rf"\1{wide}", response)
+            response = re.sub(f"{re.escape(narrow)}({_CHINESE})", rf"{wide}\1", response)
+        return response

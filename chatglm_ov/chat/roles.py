@@ -1,0 +1,77 @@
+"""Conversations of messages with roles: what ChatGLM3 and GLM-4 share."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from chatglm_ov.chat.base import ChatFormat, Message, Response, checked_messages, checked_role, checked_text
+from chatglm_ov.errors import ChatGLMError
+
+ASSISTANT = "<|assistant|>"
+ROLE_STOPS = ("<|user|>", "<|observation|>")
+
+
+class RolesFormat(ChatFormat):
+    """History: a list of messages. A system message at the beginning may carry `tools`, a list of JSON objects.
+
+    The first line of an answer is its metadata: empty for text, the tool's name for a tool call.
+    """
+
+    # The system message that a list of tools gets when the conversation has none.
+    tools_system_text: str
+
+    @abstractmethod
+    def parse_arguments(self, content: str) -> Any:
+        """The arguments in the text of a tool call. ValueError where there are none to be read."""
+
+    def build_inputs(
+        self, tokenizer: Any, query: str, history: Sequence | None = None, role: str = "user"
+    ) -> list[int]:
+        message = {"role": checked_role(role), "content": checked_text(query, "chat", "query")}
+        return self.conversation_ids(tokenizer, [*checked_messages(history or []), message])
+
+    def process_response(
+        self, output: str, query: str, history: Sequence | None = None, role: str = "user"
+    ) -> tuple[Response, list[Message]]:
+        """The response is text; for a tool call it is {"name", "parameters"} when the history offers tools and the
+        arguments can be read, {"name", "content"} otherwise. Arguments are parsed as literals, never evaluated."""
+        messages = [*checked_messages(history or []), {"role": role, "content": query}]
+        has_tools = messages[0]["role"] == "system" and "tools" in messages[0]
+        response: Response = ""
+        for part in output.split(ASSISTANT):
+            metadata, content = part.split("\n", 1) if "\n" in part else ("", part)
+            if not metadata.strip():
+                content = content.strip()
+                response = content.replace("[[训练时间]]", "2023年")
+            else:
+                response = self._tool_response(metadata.strip(), content, has_tools)
+            messages.append({"role": "assistant", "metadata": metadata, "content": content})
+        return response, messages
+
+    def _tool_response(self, name: str, content: str, has_tools: bool) -> Response:
+        if has_tools:
+            try:
+                return {"name": name, "parameters": self.parse_arguments(content)}
+            except ValueError:
+                pass
+        return {"name": name, "content": content}
+
+    def with_tools(self, messages: Sequence[Message], tools: Any) -> list[Message]:
+        """A checked copy of `messages`; `tools` are put into its system message, which is made if there is none."""
+        checked = checked_messages(messages, "messages")
+        if tools:
+            if not checked or checked[0]["role"] != "system":
+                checked.insert(0, {"role": "system", "content": self.tools_system_text})
+            checked[0]["tools"] = copy.deepcopy(tools)
+        for index, message in enumerate(checked):
+            if "tools" in message:
+                _check_tools(message["tools"], f"messages[{index}]")
+        return checked
+
+
+def _check_tools(tools: Any, where: str) -> None:
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
+        raise ChatGLMError(where, "tools", f"of type {type(tools).__name__}", "a list of JSON objects (dict)")

@@ -1,0 +1,262 @@
+"""What the tokenizers of all generations share.
+
+They are ordinary Hugging Face tokenizers (transformers 4.48 to 5.x): padding is on the left, and the model inputs are
+input_ids, attention_mask and position_ids. Encoding and decoding are done by sentencepiece or tiktoken.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
+from transformers.utils import PaddingStrategy
+
+from chatglm_ov.chat import chat_format_for
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.tokenizer.files import MARKER
+from chatglm_ov.tokenizer.stream import CleanUp
+
+# Ids behind the vocabulary up to the next multiple of this are the padding rows of an embedding: they have no text.
+_ROW_MULTIPLE = 1024
+
+
+class GLMTokenizer(PreTrainedTokenizer):
+    """Base class. A constructor of a subclass takes the file with `_read_model`, sets `_vocab` (token to id, without
+    added tokens) and ends with `_finish_init`."""
+
+    family: str
+    model_input_names = ["input_ids", "attention_mask", "position_ids"]  # noqa: RUF012 (declared so by the base class)
+    padding_side = "left"
+    _vocab: dict[str, int]
+
+    def _read_model(self, vocab_file: str) -> None:
+        self.vocab_file = vocab_file
+        self._model_bytes = Path(vocab_file).read_bytes()
+        self._build_encoder()
+
+    def _finish_init(self, saved: Mapping[str, Any], kwargs: dict[str, Any]) -> None:
+        """`saved` are the constructor arguments that tokenizer_config.json must carry besides the library's own."""
+        if kwargs.get("padding_side", "left") != "left":
+            self._wrong_padding_side(kwargs["padding_side"])
+        for key in ("tokenizer_class", "auto_map", "model_specific_special_tokens", MARKER):
+            kwargs.pop(key, None)
+        super().__init__(**kwargs)
+        self.init_kwargs |= {MARKER: self.family, **saved}
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._vocab)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._vocab | self._added_tokens_encoder
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of `text` in which nothing is a special token, nothing added."""
+        raise NotImplementedError
+
+    def _convert_token_to_id(self, token: str) -> int | None:
+        return self._vocab.get(token, self._vocab.get("<unk>"))
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        name = self.vocab_files_names["vocab_file"]
+        path = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
+        path.write_bytes(self._model_bytes)
+        return (str(path),)
+
+    # ---- decoding
+
+    def _checked_ids(self, token_ids: Any) -> list[int]:
+        """A list of ids that the vocabulary (or a padding row behind it) has."""
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(isinstance(i, int) for i in ids):
+            raise ChatGLMError(f"{type(self).__name__}.decode", "token_ids", _kind(token_ids), "a list of integers")
+        rows = -(-len(self) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        if ids and not 0 <= min(ids) <= max(ids) < rows:
+            wrong = next(i for i in ids if not 0 <= i < rows)
+            seen = f"{wrong} at index {list(ids).index(wrong)}"
+            raise ChatGLMError(f"{type(self).__name__}.decode", "token id", seen, f"0 to {len(self) - 1}")
+        return list(ids)
+
+    def _kept_ids(self, token_ids: Any, skip_special_tokens: bool) -> list[int]:
+        """The checked ids less those without any trace in the text."""
+        skipped = self._skipped_ids(skip_special_tokens)
+        return [index for index in self._checked_ids(token_ids) if index not in skipped and index < len(self)]
+
+    def _has_text(self, token_id: int, skipped: set[int]) -> bool:
+        """`_kept_ids` for a single id."""
+        self._checked_ids(token_id)
+        return token_id not in skipped and token_id < len(self)
+
+    def _skipped_ids(self, skip_special_tokens: bool) -> set[int]:
+        return set(self.all_special_ids) if skip_special_tokens else set()
+
+    def _added_text(self, token_id: int) -> str:
+        """Text of a token that came on top of the vocabulary."""
+        return self._added_tokens_decoder[token_id].content
+
+    def _cleaned(self, text: str, clean_up: bool | None) -> str:
+        clean_up = self.clean_up_tokenization_spaces if clean_up is None else clean_up
+        return CleanUp.replace(text) if clean_up else text
+
+    # ---- padding
+
+    def _wrong_padding_side(self, side: Any) -> None:
+        raise ChatGLMError(type(self).__name__, "padding_side", repr(side), "'left'")
+
+    def _missing(
+        self,
+        length: int,
+        max_length: int | None,
+        strategy: PaddingStrategy,
+        multiple: int | None,
+        side: str | None,
+    ) -> int:
+        """How many padding ids a row of `length` ids needs."""
+        if (side or self.padding_side) != "left":
+            self._wrong_padding_side(side or self.padding_side)
+        if strategy == PaddingStrategy.DO_NOT_PAD:
+            return 0
+        target = length if strategy == PaddingStrategy.LONGEST or max_length is None else max_length
+        target = -(-target // multiple) * multiple if multiple else target
+        return max(0, target - length)
+
+    def _pad(
+        self,
+        encoded_inputs: Any,
+        max_length: int | None = None,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+    ) -> Any:
+        """Completes one row (a dict of lists) with attention_mask (1 = token, 0 = padding) and position_ids (0 in the
+        padding, the first token has 0 too), and pads all of it on the left."""
+        ids = encoded_inputs["input_ids"]
+        missing = self._missing(len(ids), max_length, padding_strategy, pad_to_multiple_of, padding_side)
+        encoded_inputs.setdefault("attention_mask", [1] * len(ids))
+        encoded_inputs.setdefault("position_ids", list(range(len(ids))))
+        self._pad_lists(encoded_inputs, missing)
+        for key in ("attention_mask", "position_ids"):
+            encoded_inputs[key] = [0] * missing + list(encoded_inputs[key])
+        return encoded_inputs
+
+    def _pad_lists(self, row: Any, missing: int) -> None:
+        fill = {
+            "input_ids": self.pad_token_id,
+            "token_type_ids": self.pad_token_type_id,
+            "special_tokens_mask": 1,
+        }
+        for key, value in fill.items():
+            if key in row:
+                row[key] = [value] * missing + list(row[key])
+
+    # ---- chat
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        tools: list[dict] | None = None,
+        documents: Any = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool | None = None,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Text or ids of a conversation (a list of messages with role and content, or a list of such lists) in the
+        generation's own chat format: the ids that `chat()` sends to the model.
+
+        `return_dict` is by default what it is in the installed transformers (4: False, a list or tensor of ids; 5:
+        True). The arguments that need a free template (documents, chat_template, continue_final_message) are refused.
+        """
+        for name, value in {
+            "documents": documents,
+            "chat_template": chat_template,
+            "continue_final_message": continue_final_message,
+        }.items():
+            if value:
+                raise ChatGLMError("apply_chat_template", name, _kind(value), "not given: the chat format is fixed")
+        batched, conversations = _conversations(conversation)
+        chat_format = chat_format_for(self)
+        make: Callable = chat_format.conversation_ids if tokenize else chat_format.conversation_text
+        rows = [
+            make(self, messages, tools=tools, add_generation_prompt=add_generation_prompt) for messages in conversations
+        ]
+        if not tokenize:
+            return rows if batched else rows[0]
+        encoded = self._batch_of_ids(
+            rows if batched else rows[0],
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            **(tokenizer_kwargs or {}),
+        )
+        as_dict = _RETURN_DICT if return_dict is None else return_dict
+        return encoded if as_dict else encoded["input_ids"]
+
+    def _batch_of_ids(
+        self, ids: list, *, padding: Any, truncation: Any, max_length: int | None, **kwargs: Any
+    ) -> BatchEncoding:
+        """One row of ids, or several, as the tokenizer call would give them."""
+        batched = bool(ids) and isinstance(ids[0], list)
+        tensors = kwargs.pop("return_tensors", None)
+        rows = [
+            self.prepare_for_model(
+                row, add_special_tokens=False, truncation=truncation, max_length=max_length, **kwargs
+            )
+            for row in (ids if batched else [ids])
+        ]
+        if not batched and not padding:
+            return BatchEncoding(rows[0].data, tensor_type=tensors, prepend_batch_axis=True)
+        lists = {"input_ids": [row["input_ids"] for row in rows]}
+        padded = self.pad(lists, padding=padding, max_length=max_length, return_tensors=tensors)
+        if batched or tensors:
+            return padded
+        return BatchEncoding({key: value[0] for key, value in padded.items()})
+
+    # ---- pickling: the encoders hold C++ objects, so they are built again from the file's bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_encoder",)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._build_encoder()
+
+    def _build_encoder(self) -> None:
+        """Makes `_encoder` from `_model_bytes`."""
+        raise NotImplementedError
+
+
+_RETURN_DICT: bool = inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters["return_dict"].default
+
+
+def _conversations(conversation: Any) -> tuple[bool, list[list[dict]]]:
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        raise ChatGLMError("apply_chat_template", "conversation", _kind(conversation), "a list of messages, not empty")
+    if isinstance(conversation[0], (list, tuple)):
+        return True, [list(messages) for messages in conversation]
+    return False, [list(conversation)]
+
+
+def _kind(value: Any) -> str:
+    return f"of type {type(value).__name__}"
+
+
+def added_tokens(config: Any, first_id: int) -> dict[int, AddedToken]:
+    """The `added_tokens_decoder` of a tokenizer_config.json from id `first_id` on: the vocabulary ends there."""
+    tokens = {}
+    for key, value in (config or {}).items():
+        if int(key) >= first_id:
+            tokens[int(key)] = value if isinstance(value, AddedToken) else AddedToken(**value)
+    return tokens

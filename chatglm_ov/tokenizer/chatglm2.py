@@ -1,0 +1,162 @@
+"""Tokenizers of ChatGLM2-6B and ChatGLM3-6B: sentencepiece BPE, file tokenizer.model, the same for both."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from transformers import BatchEncoding
+
+from chatglm_ov.chat import chat_format_for
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.tokenizer.base import added_tokens
+from chatglm_ov.tokenizer.files import MODEL_FILE
+from chatglm_ov.tokenizer.pieces import Item, PieceTokenizer
+from chatglm_ov.tokenizer.stream import Decoder
+
+_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+_SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+
+
+class ChatGLM2Tokenizer(PieceTokenizer):
+    """[gMASK] + sop + ids (a pair: ... + ids of the second + `</s>`).
+
+    The special tokens stand behind the sentencepiece vocabulary. None of them is recognised in a text, and none has
+    text when decoded.
+    """
+
+    family = "chatglm2"
+    vocab_files_names = {"vocab_file": MODEL_FILE}  # noqa: RUF012
+    SPECIAL_TOKENS: tuple[str, ...] = _SPECIAL
+
+    def __init__(self, vocab_file: str, **kwargs: Any):
+        self._read_model(vocab_file)
+        self._vocab = {token: index for index, token in enumerate([*self._pieces, *self.SPECIAL_TOKENS])}
+        kwargs |= {"unk_token": "<unk>", "pad_token": "<unk>", "eos_token": "</s>"}
+        kwargs["added_tokens_decoder"] = added_tokens(kwargs.get("added_tokens_decoder"), self.vocab_size)
+        kwargs.setdefault("clean_up_tokenization_spaces", False)
+        self._finish_init(self._saved_arguments(), kwargs)
+
+    def _saved_arguments(self) -> dict[str, Any]:
+        return {}
+
+    def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        """The library would look for every token that is added here in the text; the vocabulary's own are not."""
+        return super()._add_tokens([token for token in new_tokens if str(token) not in self._vocab], special_tokens)
+
+    def get_command(self, token: str) -> int:
+        """Id of a special token, by its name in the original tokenizers ("<eos>" and the like are accepted too)."""
+        aliases = {"<bos>": "<s>", "<eos>": "</s>", "<pad>": "<unk>"}
+        if token not in aliases and token not in self.SPECIAL_TOKENS:
+            raise ChatGLMError("get_command", "token", repr(token), ", ".join(self.SPECIAL_TOKENS))
+        return self._vocab[aliases.get(token, token)]
+
+    # ---- encoding
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        """Pieces of `text`. Tokens that the user added are looked for, the vocabulary's own special tokens are not."""
+        tokens: list[str] = []
+        for part in self.tokens_trie.split(text) if self._added_tokens_encoder else [text]:
+            tokens += [part] if part in self._added_tokens_encoder else self._encode_pieces(part)
+        return tokens
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return [self._vocab[piece] for piece in self._encode_pieces(text)]
+
+    def _convert_id_to_token(self, index: int) -> str:
+        special = index - len(self._pieces)
+        return self._pieces[index] if special < 0 else self.SPECIAL_TOKENS[special]
+
+    def get_prefix_tokens(self) -> list[int]:
+        return [self._vocab["[gMASK]"], self._vocab["sop"]]
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        ids = [*self.get_prefix_tokens(), *token_ids_0]
+        return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        if already_has_special_tokens:
+            return super().get_special_tokens_mask(token_ids_0, token_ids_1, True)
+        mask = [1, 1] + [0] * len(token_ids_0)
+        return mask if token_ids_1 is None else [*mask, *[0] * len(token_ids_1), 1]
+
+    def build_prompt(self, query: str, history: list[tuple[str, str]] | None = None) -> str:
+        """Text of the round that asks `query`, as the original tokenizer's method of this name."""
+        return chat_format_for(self).prompt(query, history or [])  # type: ignore[attr-defined]
+
+    # ---- decoding
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
+    ) -> str:
+        tokens = map(self._decoded_token, self._kept_ids(token_ids, skip_special_tokens))
+        return self._cleaned(self.convert_tokens_to_string(list(tokens)), clean_up_tokenization_spaces)
+
+    def _decoded_token(self, index: int) -> str:
+        """What an id gives to the decoder: nothing for unknown, begin, end and special tokens."""
+        if index in (self._encoder.unk_id(), self._encoder.bos_id(), self._encoder.eos_id()):
+            return ""
+        if index < len(self._pieces):
+            return self._pieces[index]
+        return self._special_text(index) if index < self.vocab_size else self._added_text(index)
+
+    def _special_text(self, index: int) -> str:
+        return ""
+
+    def stream_decoders(self, skip_special_tokens: bool) -> tuple[Callable[[int], Item], list[Decoder]]:
+        skipped = self._skipped_ids(skip_special_tokens)
+
+        def token(token_id: int) -> Item:
+            if not self._has_text(token_id, skipped):
+                return None
+            text = self._decoded_token(token_id)
+            return self._stream_item(token_id) if text and token_id < len(self._pieces) else (text, False)
+
+        return token, self._piece_decoders()
+
+
+class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
+    """ChatGLM2's plus four role tokens. Special tokens have text when decoded. With `encode_special_tokens` (of the
+    constructor, or of a call) the role tokens, and only they, are recognised in a text."""
+
+    family = "chatglm3"
+    SPECIAL_TOKENS = (*_SPECIAL, *_ROLES)
+    _ROLE = re.compile("(" + "|".join(map(re.escape, _ROLES)) + ")")
+
+    def __init__(self, vocab_file: str, encode_special_tokens: bool = False, **kwargs: Any):
+        self.encode_special_tokens = encode_special_tokens
+        super().__init__(vocab_file, **kwargs)
+
+    def _saved_arguments(self) -> dict[str, Any]:
+        return {"encode_special_tokens": self.encode_special_tokens}
+
+    def tokenize(self, text: str, encode_special_tokens: bool | None = None, **kwargs: Any) -> list[str]:
+        split = self.encode_special_tokens if encode_special_tokens is None else encode_special_tokens
+        if not split:
+            return super().tokenize(text, **kwargs)
+        tokens: list[str] = []
+        for part in filter(None, self._ROLE.split(text)):
+            tokens += [part] if part in _ROLES else super().tokenize(part, **kwargs)
+        return tokens
+
+    def _special_text(self, index: int) -> str:
+        return self._convert_id_to_token(index)
+
+    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
+        """Ids of one message of a conversation."""
+        head = self.encode_ordinary(f"{metadata}\n")
+        return [self.get_command(f"<|{role}|>"), *head, *self.encode_ordinary(message)]
+
+    def build_chat_input(self, query: str, history: list[dict] | None = None, role: str = "user") -> BatchEncoding:
+        """Tensors [1, n] of the prompt that asks `query` after `history`."""
+        ids = chat_format_for(self).build_inputs(self, query, history, role)
+        return self._batch_of_ids(ids, padding=False, truncation=False, max_length=None, return_tensors="pt")

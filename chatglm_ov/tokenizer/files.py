@@ -1,0 +1,153 @@
+"""Tokenizer files of a checkpoint folder: which family they belong to, and how they are copied.
+
+Files are read as data only. `tokenization_chatglm.py`, where a checkpoint brings one, is looked at as text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from chatglm_ov.errors import ChatGLMError
+
+FAMILIES = ("chatglm", "chatglm2", "chatglm3", "glm4")
+MARKER = "chatglm_ov_tokenizer"
+FAST = "fast"
+
+V1_FILE = "ice_text.model"
+MODEL_FILE = "tokenizer.model"
+FAST_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+REMOTE_CODE = "tokenization_chatglm.py"
+TEMPLATE_FILE = "chat_template.jinja"
+
+# Files that PreTrainedTokenizerFast may want beside tokenizer.json.
+_FAST_EXTRAS = ("special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE)
+_CLASS_NAMES = {
+    "chatglm": "ChatGLMTokenizer",
+    "chatglm2": "ChatGLM2Tokenizer",
+    "chatglm3": "ChatGLM3Tokenizer",
+    "glm4": "ChatGLM4Tokenizer",
+}
+_RANK_LINE = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n?\Z")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; {} where the file does not exist."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ChatGLMError(path, "content", f"not JSON ({error})", "a JSON object") from None
+    if not isinstance(content, dict):
+        raise ChatGLMError(path, "content", f"a JSON {type(content).__name__}", "a JSON object")
+    return content
+
+
+def is_tiktoken(path: Path) -> bool:
+    """True for the text format `base64(bytes) rank` of GLM-4, False for a sentencepiece model (binary)."""
+    with path.open("rb") as file:
+        return _RANK_LINE.match(file.readline(4096)) is not None
+
+
+def detect_family(folder: Path, family: str | None = None) -> str:
+    """One of `FAMILIES`, or `FAST` for a folder with tokenizer.json alone.
+
+    `family` overrides, then the marker that a converted folder carries, then the kind of the files. ChatGLM2 and
+    ChatGLM3 share one vocabulary file; see `_chatglm2_or_3` for what tells them apart.
+    """
+    if family is not None and family not in FAMILIES:
+        raise ChatGLMError(folder, "family", repr(family), " or ".join(FAMILIES))
+    config = read_json(folder / CONFIG_FILE)
+    marker = config.get(MARKER)
+    if marker is not None and marker not in FAMILIES:
+        raise ChatGLMError(folder / CONFIG_FILE, MARKER, repr(marker), " or ".join(FAMILIES))
+    found = _family_of_files(folder, config)
+    if found is None:
+        files = f"{V1_FILE}, {MODEL_FILE} or {FAST_FILE}"
+        raise ChatGLMError(folder, "tokenizer file", "missing", files)
+    return family or marker or found
+
+
+def _family_of_files(folder: Path, config: dict[str, Any]) -> str | None:
+    if (folder / V1_FILE).is_file():
+        return "chatglm"
+    if (folder / MODEL_FILE).is_file():
+        return "glm4" if is_tiktoken(folder / MODEL_FILE) else _chatglm2_or_3(folder, config)
+    return FAST if (folder / FAST_FILE).is_file() else None
+
+
+def _chatglm2_or_3(folder: Path, config: dict[str, Any]) -> str:
+    """The first of these that says something: the published name, the chat template and added tokens, the checkpoint's
+    tokenizer code as text, the name and the transformers version in config.json. ChatGLM3 where nothing does."""
+    model = read_json(folder / "config.json")
+    named = _family_of_name(config.get("name_or_path"))
+    if named:
+        return named
+    written = json.dumps([config.get("chat_template"), config.get("added_tokens_decoder")], ensure_ascii=False)
+    if "<|user|>" in written or "<|assistant|>" in written:
+        return "chatglm3"
+    code = folder / REMOTE_CODE
+    if code.is_file():
+        return "chatglm3" if b"<|system|>" in code.read_bytes() else "chatglm2"
+    named = _family_of_name(model.get("_name_or_path"))
+    if named:
+        return named
+    # The published ChatGLM2 configs say 4.27.1, the ChatGLM3 ones 4.30.2 and later.
+    version = re.match(r"(\d+)\.(\d+)", str(model.get("transformers_version", "")))
+    return "chatglm2" if version and (int(version[1]), int(version[2])) < (4, 30) else "chatglm3"
+
+
+def _family_of_name(name: Any) -> str | None:
+    name = str(name or "").lower().replace("-", "").replace("_", "")
+    if "chatglm2" in name or "codegeex2" in name:
+        return "chatglm2"
+    return "chatglm3" if "chatglm3" in name else None
+
+
+def num_image_tokens(folder: Path) -> int:
+    """Ids that stand before the text vocabulary of v1: 20000 in the early checkpoints, 0 in the later ones.
+
+    From tokenizer_config.json; without the key there, from config.json's vocabulary size (150528 early, 130528 later);
+    without both, 20000, the default of the published tokenizer class.
+    """
+    value = read_json(folder / CONFIG_FILE).get("num_image_tokens")
+    if value is None:
+        vocab_size = read_json(folder / "config.json").get("vocab_size", 150528)
+        value = 0 if isinstance(vocab_size, int) and vocab_size < 150528 else 20000
+    if not isinstance(value, int) or value < 0:
+        raise ChatGLMError(folder / CONFIG_FILE, "num_image_tokens", repr(value), "a number, 0 or more")
+    return value
+
+
+def save_tokenizer_files(checkpoint: Path, output: Path, *, family: str | None = None) -> list[Path]:
+    """Copies the tokenizer of `checkpoint` into the folder `output`, so that it loads from there alone.
+
+    tokenizer_config.json loses its pointers to remote code and gains the family's name. Returns the files written;
+    [] where the checkpoint has no tokenizer.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    if not any((checkpoint / name).is_file() for name in (V1_FILE, MODEL_FILE, FAST_FILE)):
+        return []
+    family = detect_family(checkpoint, family)
+    config = read_json(checkpoint / CONFIG_FILE)
+    config.pop("auto_map", None)
+    if family == FAST:
+        names = [FAST_FILE, *_FAST_EXTRAS]
+    else:
+        names = [V1_FILE if family == "chatglm" else MODEL_FILE, TEMPLATE_FILE]
+        config |= {MARKER: family, "tokenizer_class": _CLASS_NAMES[family]}
+    if family == "chatglm":
+        config["num_image_tokens"] = num_image_tokens(checkpoint)
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in names:
+        if (checkpoint / name).is_file():
+            written.append(Path(shutil.copyfile(checkpoint / name, output / name)))
+    path = output / CONFIG_FILE
+    path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    return [*written, path]

@@ -1,0 +1,76 @@
+"""`load_tokenizer`: the right tokenizer class for a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.tokenizer.files import (
+    CONFIG_FILE,
+    FAST,
+    FAST_FILE,
+    MODEL_FILE,
+    TEMPLATE_FILE,
+    V1_FILE,
+    detect_family,
+    num_image_tokens,
+    read_json,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(folder: str | Path, *, family: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder or a converted folder. No code of the checkpoint is run.
+
+    The class follows from the files: ice_text.model v1, tokenizer.model ChatGLM2, ChatGLM3 or GLM-4, tokenizer.json
+    alone transformers' own fast tokenizer. `family` ("chatglm", "chatglm2", "chatglm3", "glm4") overrides what the
+    folder says; other keyword arguments go to the tokenizer, before what tokenizer_config.json has.
+    """
+    folder = _folder(folder)
+    found = detect_family(folder, family)
+    config = read_json(folder / CONFIG_FILE)
+    if found == FAST:
+        return _load_fast(folder, kwargs)
+    config.pop("auto_map", None)
+    config["name_or_path"] = str(folder)
+    if (folder / TEMPLATE_FILE).is_file():
+        config["chat_template"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    file = folder / (V1_FILE if found == "chatglm" else MODEL_FILE)
+    if not file.is_file():
+        raise ChatGLMError(folder, file.name, "missing", f"the vocabulary of family {found}")
+    if found == "chatglm":
+        config["num_image_tokens"] = num_image_tokens(folder)
+    return _class(found)(vocab_file=str(file), **(config | kwargs))
+
+
+def _folder(folder: Any) -> Path:
+    if not isinstance(folder, (str, Path)):
+        raise ChatGLMError("load_tokenizer", "folder", f"of type {type(folder).__name__}", "a path")
+    path = Path(folder)
+    if not path.is_dir():
+        raise ChatGLMError(path, "folder", "a file" if path.exists() else "missing", "a folder with a tokenizer")
+    return path
+
+
+def _class(family: str) -> Any:
+    from chatglm_ov.tokenizer.chatglm import ChatGLMTokenizer
+    from chatglm_ov.tokenizer.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
+    from chatglm_ov.tokenizer.glm4 import ChatGLM4Tokenizer
+
+    classes = (ChatGLMTokenizer, ChatGLM2Tokenizer, ChatGLM3Tokenizer, ChatGLM4Tokenizer)
+    return {each.family: each for each in classes}[family]
+
+
+def _load_fast(folder: Path, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(
+            str(folder), local_files_only=True, **{"padding_side": "left"} | kwargs
+        )
+    except Exception as error:  # the library raises its own kinds, some of them plain Exception
+        seen = f"one that cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        raise ChatGLMError(folder / FAST_FILE, "content", seen, "a tokenizer.json of the tokenizers library") from None
