@@ -91,7 +91,7 @@ def _compile(model: ov.Model, device: str, properties: dict[str, Any]) -> ov.Com
 
 
 def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _precision_properties(precision: str | None, device: str) -> dict[str, Any]:
@@ -136,11 +136,16 @@ class Request:
     infer_request: ov.InferRequest
     past_length: int = field(default=0, init=False)
     """Columns in the cache, padding included."""
+    rows: int = field(default=0, init=False)
+    """Rows in the cache."""
+
+    def __post_init__(self) -> None:
+        self._input_shapes = {port.any_name: port.partial_shape for port in self.infer_request.model_inputs}
 
     def reset(self) -> None:
         """Forget the sequence; the next call starts a fresh one and may have another number of rows."""
         self.infer_request.reset_state()
-        self.past_length = 0
+        self.past_length = self.rows = 0
 
     def infer(
         self,
@@ -154,12 +159,12 @@ class Request:
         """Feed L more tokens; returns logits float32 [B, kept, V] of the last `logits_to_keep`, 0 meaning all L.
 
         input_ids int64 [B, L]; attention_mask int64 [B, past + L], 0 on padding; position_ids int64 [B, L], or
-        [B, 2, L] for ChatGLM-6B; beam_idx int32 [B], the cache row that each row continues; prefix_length int64
-        [B] for ChatGLM-6B. Raises ChatGLMError for ids out of the vocabulary, positions beyond the rotary table
-        and shapes that do not fit.
+        [B, 2, L] for ChatGLM-6B; beam_idx int32 [B], the cache row that each row continues, its own in the first
+        call; prefix_length int64 [B] for ChatGLM-6B, whose columns before it must all be in one call. Raises
+        ChatGLMError for ids out of the vocabulary, positions beyond the rotary table and shapes that do not fit;
+        the cache is then as it was.
         """
-        self._check(input_ids, attention_mask, position_ids)
-        inputs = {
+        inputs: dict[str, np.ndarray] = {
             "input_ids": np.ascontiguousarray(input_ids, np.int64),
             "attention_mask": np.ascontiguousarray(attention_mask, np.int64),
             "position_ids": np.ascontiguousarray(position_ids, np.int64),
@@ -168,27 +173,49 @@ class Request:
         }
         if prefix_length is not None:
             inputs["prefix_length"] = np.ascontiguousarray(prefix_length, np.int64)
+        self._check_shapes(inputs)
+        self._check_values(inputs)
         self.infer_request.infer(inputs, share_inputs=True)
-        self.past_length += input_ids.shape[1]
+        self.rows, new = input_ids.shape
+        self.past_length += new
         return self.infer_request.get_tensor("logits").data.copy()
 
-    def _check(self, input_ids: np.ndarray, attention_mask: np.ndarray, position_ids: np.ndarray) -> None:
-        if input_ids.ndim != 2 or input_ids.size == 0:
-            raise ChatGLMError("infer", "input_ids", f"of shape {input_ids.shape}", "[B, L], at least one token")
-        batch, new = input_ids.shape
-        if attention_mask.shape != (batch, self.past_length + new):
-            wanted = f"[{batch}, {self.past_length + new}] (cached and new tokens)"
-            raise ChatGLMError("infer", "attention_mask", f"of shape {attention_mask.shape}", wanted)
-        if position_ids.shape[0] != batch or position_ids.shape[-1] != new:
-            raise ChatGLMError("infer", "position_ids", f"of shape {position_ids.shape}", f"[{batch}, ..., {new}]")
-        vocab = self.config.vocab_rows
-        for bad in input_ids[(input_ids < 0) | (input_ids >= vocab)][:1]:
-            raise ChatGLMError("infer", "input_ids", f"a token id {bad}", f"0 to {vocab - 1}")
+    def _check_shapes(self, inputs: dict[str, np.ndarray]) -> None:
+        """An input that is left out would be the last call's, and an error inside the plugin spoils the compiled
+        model for later calls: neither may come to that."""
+        ids = inputs["input_ids"]
+        if ids.ndim != 2 or ids.size == 0:
+            raise ChatGLMError("infer", "input_ids", f"of shape {ids.shape}", "[B, L], at least one token")
+        batch, new = ids.shape
+        position_rows = [rows.get_length() for rows in list(self._input_shapes["position_ids"])[1:-1]]
+        expected = {
+            "attention_mask": [batch, self.past_length + new],
+            "position_ids": [batch, *position_rows, new],
+            "beam_idx": [batch],
+            "prefix_length": [batch],
+        }
+        for name, shape in expected.items():
+            if (name in inputs) != (name in self._input_shapes):
+                seen, wanted = ("given", "none") if name in inputs else ("missing", shape)
+                raise ChatGLMError("infer", name, seen, wanted)
+            if name in inputs and list(inputs[name].shape) != shape:
+                raise ChatGLMError("infer", name, f"of shape {list(inputs[name].shape)}", shape)
+
+    def _check_values(self, inputs: dict[str, np.ndarray]) -> None:
+        rows = self.rows or len(inputs["beam_idx"])
         limit = self.config.max_positions
-        if position_ids.min() < 0 or (limit is not None and position_ids.max() >= limit):
-            bad = position_ids.min() if position_ids.min() < 0 else position_ids.max()
-            wanted = "0 or more" if limit is None else f"0 to {limit - 1} (seq_length {limit})"
-            raise ChatGLMError("infer", "position_ids", f"a position {bad}", wanted)
+        allowed = {
+            "input_ids": (self.config.vocab_rows, "token id", ""),
+            "position_ids": (limit, "position", f" (seq_length {limit})"),
+            "beam_idx": (rows, "row", " (rows in the cache)"),
+            "logits_to_keep": (None, "number", ""),
+        }
+        for name, (end, kind, why) in allowed.items():
+            values = inputs[name]
+            wrong = values[(values < 0) | (values >= (np.inf if end is None else end))]
+            if wrong.size:
+                wanted = "0 or more" if end is None else f"0 to {end - 1}{why}"
+                raise ChatGLMError("infer", name, f"a {kind} {wrong[0]}", wanted)
 
     def cached(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of one layer, float32 [B, num_key_value_heads, past_length, head_dim] each, with the
