@@ -101,7 +101,8 @@ def generate_batch(model: ChatGLM3, rows: list[list[int]], limit: int) -> list[l
     taken: list[list[int]] = [[] for _ in rows]
     done = torch.zeros(len(rows), dtype=torch.bool)
     for _ in range(limit):
-        tokens = model.logits(model.hidden(ids, caches, positions, mask)[:, -1]).argmax(-1)
+        blocked = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        tokens = model.logits(model.hidden(ids, caches, positions, blocked)[:, -1]).argmax(-1)
         done |= tokens == EOS
         if done.all():
             break
