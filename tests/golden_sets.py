@@ -67,6 +67,13 @@ def cases(what: str) -> list:
     ]
 
 
+def model_inputs(golden: Golden, prompt: str) -> dict[str, torch.Tensor | None]:
+    """Ids and mask; positions only where the model would make other ones."""
+    positions = golden.tensor(f"{prompt}_position_ids") if prompt == "both_tok" else None
+    ids, mask = golden.tensor(f"{prompt}_input_ids"), golden.tensor(f"{prompt}_attention_mask")
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
 @pytest.fixture(scope="session")
 def open_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Golden], OVChatGLMForCausalLM]:
     """Function from a golden set to its model in f32, each converted and loaded once."""

@@ -1,0 +1,286 @@
+"""Hugging Face `generate()` over the state inside the model, against the originals' tokens."""
+
+# ruff: noqa: F811 (a fixture is imported)
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from golden_sets import GOLDENS, cases, model_inputs, open_model  # noqa: F401
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    set_seed,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from chatglm_ov import ChatGLMError
+
+each_golden = pytest.mark.parametrize("golden", GOLDENS, ids=str)
+REPETITION = "reppen1.3_tokens"
+
+
+def new_tokens(model, arguments: dict, **options) -> torch.Tensor:
+    """What greedy `generate()`, or what the options make of it, adds to the prompt: [rows, n]."""
+    ids = model.generate(**arguments, **{"do_sample": False, **options})
+    return ids[:, arguments["input_ids"].shape[1] :]
+
+
+@pytest.mark.parametrize(("golden", "prompt"), cases("generate"))
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
+def test_greedy(golden, prompt, use_cache, open_model):
+    got = new_tokens(open_model(golden), model_inputs(golden, prompt), max_new_tokens=24, use_cache=use_cache)
+    assert torch.equal(got, torch.from_numpy(np.atleast_2d(golden[f"{prompt}_generate"])))
+
+
+@pytest.mark.parametrize(("golden", "prompt"), cases("beam3_tokens"))
+def test_beams(golden, prompt, open_model):
+    got = new_tokens(open_model(golden), model_inputs(golden, prompt), max_new_tokens=16, num_beams=3)
+    assert torch.equal(got, golden.tensor(f"{prompt}_beam3_tokens"))
+
+
+@pytest.mark.parametrize(("golden", "prompt"), cases("beam3_all_tokens"))
+def test_all_beams_and_their_scores(golden, prompt, open_model):
+    model, given = open_model(golden), model_inputs(golden, prompt)
+    result = model.generate(
+        **given,
+        do_sample=False,
+        max_new_tokens=16,
+        num_beams=3,
+        num_return_sequences=3,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    length = given["input_ids"].shape[1]
+    assert torch.equal(result.sequences[:, length:], golden.tensor(f"{prompt}_beam3_all_tokens"))
+    # The release that made these goldens divided by the length with the prompt (GLM-4's: without), all later
+    # ones divide by the number of new tokens.
+    new = result.sequences.shape[1] - length
+    divisor = new if golden.folder.name.startswith("glm4") else new + length
+    wanted = golden[f"{prompt}_beam3_all_scores"] * divisor / new
+    assert np.abs(result.sequences_scores.numpy() - wanted).max() < 1e-4
+    steps = model.compute_transition_scores(
+        result.sequences, result.scores, result.beam_indices, normalize_logits=False
+    )
+    assert torch.allclose(steps.sum(dim=1) / new, result.sequences_scores, atol=1e-4)
+
+
+@each_golden
+def test_beams_of_a_batch_are_those_of_each_row(golden, open_model):
+    model, given = open_model(golden), model_inputs(golden, "batch")
+    options = {"max_new_tokens": 8, "num_beams": 4, "num_return_sequences": 4}
+    together = new_tokens(model, given, **options)
+    for row, pad in enumerate(golden.pads("batch")):
+        alone = {"input_ids": given["input_ids"][row : row + 1, pad:]}
+        assert torch.equal(new_tokens(model, alone, **options), together[4 * row : 4 * row + 4])
+
+
+@pytest.mark.parametrize(("golden", "prompt"), cases(REPETITION))
+def test_repetition_penalty(golden, prompt, open_model):
+    arguments = {"input_ids": golden.tensor(f"{prompt}_input_ids")}
+    got = new_tokens(open_model(golden), arguments, max_new_tokens=24, repetition_penalty=1.3)
+    assert got[0].tolist() == golden[f"{prompt}_{REPETITION}"].tolist()
+
+
+@each_golden
+def test_leading_pad_ids_without_a_mask_are_padding(golden, open_model):
+    """As in the library; where the pad id is an end id too it cannot be told."""
+    model, ids = open_model(golden), golden.tensor("batch_input_ids")
+    got = new_tokens(model, {"input_ids": ids}, max_new_tokens=24)
+    ends = np.atleast_1d(model.generation_config.eos_token_id)
+    known = model.generation_config.pad_token_id not in ends
+    assert torch.equal(got, golden.tensor("batch_generate")) == known
+
+
+@each_golden
+def test_a_pad_id_inside_the_prompt_is_a_token(golden, open_model):
+    model, ids = open_model(golden), golden.tensor("p17_input_ids").clone()
+    ids[0, 5] = model.generation_config.pad_token_id
+    told = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(
+        new_tokens(model, {"input_ids": ids}, max_new_tokens=8), new_tokens(model, told, max_new_tokens=8)
+    )
+
+
+@each_golden
+def test_finished_rows_are_filled_with_the_pad_id(golden, open_model):
+    model, given = open_model(golden), model_inputs(golden, "batch")
+    greedy = golden.tensor("batch_generate")
+    end = int(greedy[1, 3])
+    got = new_tokens(model, given, max_new_tokens=12, eos_token_id=end, pad_token_id=1)
+    assert got[1].tolist() == [*greedy[1, :4].tolist(), *[1] * (got.shape[1] - 4)]
+    for row in (0, 2):
+        ended = (greedy[row, :12] == end).nonzero()
+        length = int(ended[0]) + 1 if len(ended) else 12
+        assert got[row, :length].tolist() == greedy[row, :length].tolist()
+
+
+class Collect(BaseStreamer):
+    """All that a streamer is given, one row of tokens."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+@each_golden
+def test_stream_is_the_whole(golden, open_model):
+    model, ids, streamer = open_model(golden), golden.tensor("p17_input_ids"), Collect()
+    whole = model.generate(ids, do_sample=False, max_new_tokens=12, streamer=streamer)
+    assert streamer.tokens == whole[0].tolist()
+    assert streamer.ended
+    with pytest.raises(ValueError, match="streamer"):
+        model.generate(ids, num_beams=2, max_new_tokens=2, streamer=Collect())
+
+
+@each_golden
+def test_stream_from_another_thread(golden, open_model):
+    model, ids, streamer = open_model(golden), golden.tensor("p17_input_ids"), Collect()
+    options = {"do_sample": False, "max_new_tokens": 6, "streamer": streamer}
+    thread = threading.Thread(target=model.generate, args=(ids,), kwargs=options)
+    thread.start()
+    thread.join()
+    assert streamer.tokens == model.generate(ids, do_sample=False, max_new_tokens=6)[0].tolist()
+
+
+@each_golden
+def test_sampling_with_a_seed_is_reproducible(golden, open_model):
+    model, given = open_model(golden), model_inputs(golden, "batch")
+    options = {"do_sample": True, "top_p": 0.9, "temperature": 1.3, "top_k": 50, "max_new_tokens": 12}
+    drawn = []
+    for seed in (1, 1, 2):
+        set_seed(seed)
+        drawn.append(new_tokens(model, given, num_return_sequences=2, **options))
+    assert drawn[0].shape == (6, 12)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0][0], drawn[0][1])
+    coldest = new_tokens(model, given, **{**options, "top_k": 1})
+    assert torch.equal(coldest, golden.tensor("batch_generate")[:, :12])
+
+
+class Forbid(LogitsProcessor):
+    """Never the given token."""
+
+    def __init__(self, token: int):
+        self.token = token
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, self.token] = -torch.inf
+        return scores
+
+
+class StopAfter(StoppingCriteria):
+    """Ends every row when one of them holds the given token."""
+
+    def __init__(self, token: int):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), bool((input_ids[:, -1] == self.token).any()))
+
+
+@each_golden
+def test_logits_processors_and_stopping_criteria(golden, open_model):
+    model, arguments = open_model(golden), {"input_ids": golden.tensor("p5_input_ids")}
+    greedy = golden.tensor("p5_generate")
+    second = int(greedy[1])
+    got = new_tokens(model, arguments, max_new_tokens=6, logits_processor=LogitsProcessorList([Forbid(second)]))
+    assert got[0, 0] == greedy[0]
+    assert second not in got[0]
+    stopped = new_tokens(
+        model, arguments, max_new_tokens=24, stopping_criteria=StoppingCriteriaList([StopAfter(second)])
+    )
+    assert stopped[0].tolist() == greedy[:2].tolist()
+    banned = new_tokens(model, arguments, max_new_tokens=6, bad_words_ids=[[second]])
+    assert torch.equal(banned, got)
+
+
+@each_golden
+def test_each_step_computes_one_row_of_logits_of_what_is_new(golden, open_model, monkeypatch):
+    model, ids = open_model(golden), golden.tensor("p17_input_ids")
+    calls = []
+    infer = model.session.request.infer
+
+    def recorded(new, *args, logits_to_keep, **kwargs):
+        calls.append((new.shape, logits_to_keep))
+        return infer(new, *args, logits_to_keep=logits_to_keep, **kwargs)
+
+    monkeypatch.setattr(model.session.request, "infer", recorded)
+    model.generate(ids, do_sample=False, num_beams=2, max_new_tokens=4)
+    assert calls == [((2, 17), 1)] + [((2, 1), 1)] * 3
+
+
+@each_golden
+@pytest.mark.parametrize("prompt", ["p5", "batch"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "new_only"])
+def test_generation_continues_from_a_cache(golden, prompt, whole, open_model):
+    """The library's way is to pass the whole sequence again; only what is new does as well."""
+    model, given = open_model(golden), model_inputs(golden, prompt)
+    options = {"do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(**given, max_new_tokens=8, **options)
+    ids = first.sequences if whole else first.sequences[:, -1:]
+    second = model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=10, **options)
+    got = torch.cat([first.sequences[:, -8:], second.sequences[:, ids.shape[1] :]], dim=1)
+    assert torch.equal(got, torch.from_numpy(np.atleast_2d(golden[f"{prompt}_generate"]))[:, :18])
+
+
+@each_golden
+def test_one_prompt_in_the_cache_serves_several_rows(golden, open_model):
+    model, start = open_model(golden), golden.tensor("p5_input_ids")
+    ids = torch.cat([start, golden.tensor("p5_dec_tokens")[:, :3]], dim=1)
+    options = {"do_sample": False, "num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 8}
+    cache = model(start).past_key_values
+    got = model.generate(ids, past_key_values=cache, **options)
+    assert torch.equal(got, model.generate(ids, **options))
+
+
+@each_golden
+def test_what_needs_the_keys_and_values_is_refused(golden, open_model):
+    model, ids = open_model(golden), golden.tensor("p5_input_ids")
+    with pytest.raises(ChatGLMError, match="cache_implementation is 'static'"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ChatGLMError, match="output_hidden_states is True"):
+        model.generate(ids, max_new_tokens=2, return_dict_in_generate=True, output_hidden_states=True)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(ids, max_new_tokens=2, prompt_lookup_num_tokens=2)
+    with pytest.raises(ValueError, match="not used by the model"):
+        model.generate(ids, max_new_tokens=2, unheard_of=1)
+
+
+@each_golden
+def test_empty_prompts_are_refused(golden, open_model):
+    model = open_model(golden)
+    with pytest.raises(ChatGLMError, match="input_ids: type is NoneType"):
+        model.generate(max_new_tokens=2)
+    with pytest.raises(ChatGLMError, match=r"input_ids: shape is \[1, 0\]"):
+        model.generate(torch.zeros(1, 0, dtype=torch.int64), max_new_tokens=2)
+    with pytest.raises(ChatGLMError, match="inputs_embeds is given"):
+        model.generate(inputs_embeds=torch.zeros(1, 2, 8), max_new_tokens=2)
+
+
+@each_golden
+def test_output_scores_and_logits(golden, open_model):
+    model, ids = open_model(golden), golden.tensor("p5_input_ids")
+    result = model.generate(
+        ids,
+        do_sample=False,
+        max_new_tokens=8,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+    )
+    wanted = golden.tensor("p5_dec_logits")[0, :8]
+    assert float((torch.cat(result.logits) - wanted).abs().max()) < 1e-3
+    assert torch.equal(torch.cat(result.scores), torch.cat(result.logits))
