@@ -1,0 +1,136 @@
+"""`chatglm-ov chat`: a conversation on the terminal.
+
+Ctrl-C stops an answer, or drops the line that is being typed; Ctrl-D or /exit ends the chat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import closing, suppress
+from typing import Any
+
+from chatglm_ov.cli.options import add_generation_options, add_model_options, generation_options
+from chatglm_ov.errors import ChatGLMError
+
+SUMMARY = "hold a conversation"
+PROMPT = "> "
+HELP = """/clear  forget the conversation
+/stats  switch the figures after an answer on or off
+/help   show this
+/exit   end the chat, as Ctrl-D does
+Ctrl-C  stop an answer; what was said of it stays in the conversation"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told about its task (ChatGLM3 and later)")
+    parser.add_argument("--stats", action="store_true", help="say after each answer how long it took")
+    add_generation_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    options = generation_options(arguments)
+
+    from chatglm_ov.cli.answer import open_model
+
+    model, tokenizer = open_model(arguments.folder, arguments.weight_format, arguments.inference_precision)
+    conversation = Conversation(model, tokenizer, options, arguments.system, arguments.stats)
+    with suppress(ImportError):
+        import readline  # noqa: F401  line editing for input(), where the system has it
+    if sys.stdin.isatty():
+        print(f"{arguments.folder}, {model.compiled.weight_format}. /help shows the commands.")
+    while (line := read_line()) is not None:
+        if not conversation.take(line):
+            return
+
+
+def read_line() -> str | None:
+    """The next line that the user gives, None at the end of the input."""
+    try:
+        return input(PROMPT if sys.stdin.isatty() else "")
+    except KeyboardInterrupt:
+        print()
+        return ""
+    except EOFError:
+        if sys.stdin.isatty():
+            print()
+        return None
+
+
+class Conversation:
+    """A history and what a line of the user does to it."""
+
+    def __init__(self, model: Any, tokenizer: Any, options: dict[str, Any], system: str | None, stats: bool):
+        self._model, self._tokenizer, self._options, self._stats = model, tokenizer, options, stats
+        self._beginning = _beginning(tokenizer, system)
+        self._history = list(self._beginning)
+        self._commands: dict[str, Callable[[], None]] = {
+            "/clear": self._clear,
+            "/stats": self._switch_stats,
+            "/help": lambda: print(HELP),
+        }
+
+    def take(self, line: str) -> bool:
+        """Obey or answer `line`; False when the user wants to end."""
+        word = line.strip()
+        if word == "/exit":
+            return False
+        if word in self._commands:
+            self._commands[word]()
+        elif word.startswith("/") and " " not in word and word.isascii():
+            print(f"{word} is no command; /help shows them")
+        elif word:
+            self._answer(_valid(line))
+        return True
+
+    def _clear(self) -> None:
+        self._history = list(self._beginning)
+        print("The conversation is forgotten.")
+
+    def _switch_stats(self) -> None:
+        self._stats = not self._stats
+        print(f"Figures are {'on' if self._stats else 'off'}.")
+
+    def _answer(self, query: str) -> None:
+        """A stopped answer stays in the history as far as it came; an error leaves the history as it was."""
+        from chatglm_ov.cli.answer import as_text, stream
+        from chatglm_ov.cli.printing import TextPrinter
+        from chatglm_ov.generation.timing import Stopwatch
+
+        watch, printer, text = Stopwatch(), TextPrinter(), ""
+        try:
+            pieces = stream(self._model, self._tokenizer, query, self._history, watch, **self._options)
+            with closing(pieces):  # type: ignore[type-var]
+                for response, self._history in pieces:
+                    text = as_text(response)
+                    printer.show(text)
+            printer.finish(text)
+        except KeyboardInterrupt:
+            printer.finish(text)
+            print("[stopped]")
+        except ChatGLMError as error:
+            print(f"error: {error}", file=sys.stderr)
+        if self._stats and watch.timing:
+            print(f"[{watch.timing}]")
+
+
+def _beginning(tokenizer: Any, system: str | None) -> list[dict[str, str]]:
+    """The history of a conversation in which nothing was said."""
+    if system is None:
+        return []
+    from chatglm_ov.chat import chat_format_for
+    from chatglm_ov.chat.roles import RolesFormat
+
+    chat_format = chat_format_for(tokenizer)
+    if not isinstance(chat_format, RolesFormat):
+        raise ChatGLMError(
+            "--system", "value", "given", f"none: the chat format of {chat_format.name} has no system role"
+        )
+    return [{"role": "system", "content": system}]
+
+
+def _valid(text: str) -> str:
+    """Bytes that the terminal's encoding does not know come in as lone surrogates; a tokenizer takes characters."""
+    return text.encode(errors="replace").decode()

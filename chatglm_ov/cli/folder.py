@@ -1,0 +1,112 @@
+"""What a checkpoint folder or a converted folder holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
+from chatglm_ov.conversion import make_plan
+from chatglm_ov.models import architecture
+from chatglm_ov.presets import PRESETS, config_json
+from chatglm_ov.runtime import core, default_weight_format, load_model, weight_formats
+from chatglm_ov.tokenizer import detect_family
+from chatglm_ov.weights.formats import FORMATS
+from chatglm_ov.weights.ir import IR_NAME
+
+TOKENIZER_FILES = ("ice_text.model", "tokenizer.model", "tokenizer.json")
+_NOT_SHAPE = {"bos_token_id", "eos_token_id", "pad_token_id", "rope_ratio_meaning"}
+
+
+def folder(path: Path) -> dict[str, Any]:
+    """Description of a checkpoint or converted folder: strings, numbers, lists and dicts only; sizes in bytes.
+
+    Raises ChatGLMError for a folder that is neither, and for a checkpoint that could not be converted.
+    """
+    fields = read_config_json(path)
+    config = parse_config(fields, path / "config.json")
+    converted = "chatglm_ov" in fields
+    return {
+        "folder": str(path),
+        "kind": "converted" if converted else "checkpoint",
+        **_model(config),
+        "tokenizer": _tokenizer(path),
+        **(_converted(path) if converted else _checkpoint(path, config)),
+    }
+
+
+def _model(config: ArchitectureConfig) -> dict[str, Any]:
+    shapes = architecture(config).weight_shapes(config)
+    elements = 2 * config.num_layers * config.num_key_value_heads * config.head_dim
+    described = {
+        "architecture": config.architecture,
+        "shape_of": released_models(config),
+        "parameters": sum(prod(shape) for shape in shapes.values()),
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "vocab_rows": config.vocab_rows,
+        "max_positions": config.max_positions,
+        "kv_cache_bytes_per_token": {"bf16": 2 * elements, "f32": 4 * elements},
+    }
+    rope = {name: getattr(config, name) for name in ("rope_ratio", "rope_ratio_meaning") if hasattr(config, name)}
+    return {**described, **rope}
+
+
+def released_models(config: ArchitectureConfig) -> list[str]:
+    """Names of the released models whose config.json describes the same computation, if any."""
+    wanted = config.model_dump(exclude=_NOT_SHAPE)
+    known = {name: parse_config(config_json(name)).model_dump(exclude=_NOT_SHAPE) for name in PRESETS}
+    return [name for name, shape in known.items() if shape == wanted]
+
+
+def _tokenizer(path: Path) -> dict[str, str] | None:
+    file = next((name for name in TOKENIZER_FILES if (path / name).is_file()), None)
+    return None if file is None else {"family": detect_family(path), "file": file}
+
+
+def _checkpoint(path: Path, config: ArchitectureConfig) -> dict[str, Any]:
+    """Stored tensors by type, and what each weight format would take."""
+    module = architecture(config)
+    with Checkpoint.open(path) as weights:
+        weights.verify(module.weight_shapes(config), ignored=lambda name: module.is_ignored(config, name))
+        stored: Counter[str] = Counter()
+        for name in weights.names:
+            stored[weights.dtype(name)] += weights.nbytes(name)
+        sizes = {name: make_plan(config, weights, [name]).disk_bytes for name in FORMATS}
+        return {"weight_files": len({weights[name].file for name in weights.names}), "stored": stored, "sizes": sizes}
+
+
+def _converted(path: Path) -> dict[str, Any]:
+    """Each weight format's files and graph, and the settings with which the default one is compiled here."""
+    chosen = load_model(path, default_weight_format(path))
+    properties = {
+        name: chosen.compiled.get_property(key)
+        for name, key in (
+            ("inference_precision", "INFERENCE_PRECISION_HINT"),
+            ("kv_cache_type", "KV_CACHE_PRECISION"),
+            ("threads", "INFERENCE_NUM_THREADS"),
+        )
+    }
+    as_text = {name: value if isinstance(value, int) else value.to_string() for name, value in properties.items()}
+    return {
+        "weight_formats": {name: _ir(path / name / IR_NAME) for name in weight_formats(path)},
+        "default": {"weight_format": chosen.weight_format, **as_text},
+    }
+
+
+def _ir(xml: Path) -> dict[str, Any]:
+    model = core().read_model(xml)
+    types = Counter(node.get_type_name() for node in model.get_ops())
+    return {
+        "bytes": sum(file.stat().st_size for file in (xml, xml.with_suffix(".bin"))),
+        "ops": model.get_rt_info(["chatglm_ov", "ops"]).astype(str),
+        "state_variables": len(model.get_variables()),
+        "nodes": sum(types.values()),
+        "node_types": dict(types.most_common()),
+    }

@@ -1,0 +1,96 @@
+"""What this machine offers and what OpenVINO's CPU plugin makes of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import psutil
+
+from chatglm_ov.runtime import core
+
+ISA_FLAGS = {
+    "AVX2": ("avx2", "fma"),
+    "AVX-512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "AVX-512 VNNI": ("avx512_vnni",),
+    "AVX-512 BF16": ("avx512_bf16",),
+    "AMX bf16": ("amx_tile", "amx_bf16"),
+    "AMX int8": ("amx_tile", "amx_int8"),
+}
+"""Instruction sets that matter to these models, and the CPU flags (as Linux names them) that make each."""
+
+
+def isa_of(flags: Iterable[str]) -> dict[str, bool]:
+    """Which of ISA_FLAGS a processor with these flags has."""
+    found = set(flags)
+    return {name: found.issuperset(needed) for name, needed in ISA_FLAGS.items()}
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str] | None:
+    """Flags of the first processor; None where the system has no such file or names none (not Linux on x86)."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), None)
+
+
+def kernel_in_use(precision: str | None) -> dict[str, Any]:
+    """The kernel that the CPU plugin runs an int8 linear layer with, and the number of threads.
+
+    Found by running a small one, so it includes what the flags do not tell: limits of the virtual machine, the
+    system's permission for AMX, environment variables. precision: INFERENCE_PRECISION_HINT, None: its default.
+    """
+    opset = ov.opset13
+    x = opset.parameter([-1, 256], ov.Type.f32)
+    weight = opset.convert(opset.constant(np.ones((256, 256), np.int8)), "f32")
+    y = opset.matmul(x, opset.multiply(weight, opset.constant(np.ones((256, 1), np.float32))), False, True)
+    settings = {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
+    compiled = core().compile_model(ov.Model([y], [x]), "CPU", settings)
+    compiled(np.zeros((64, 256), np.float32))
+    nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    kernel = next(n["primitiveType"].astype(str) for n in nodes if n["layerType"].astype(str) == "FullyConnected")
+    return {
+        "inference_precision": compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
+        "kernel": kernel,
+        "isa": isa_of_kernel(kernel),
+        "threads": compiled.get_property("INFERENCE_NUM_THREADS"),
+    }
+
+
+def isa_of_kernel(kernel: str) -> str:
+    """The instruction set in the name of a plugin's kernel, such as `brgemm_avx512_amx`; else the name itself."""
+    marks = {"amx": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512_vnni": "AVX-512 VNNI", "avx512": "AVX-512"}
+    marks |= {"avx2": "AVX2", "avx": "AVX", "sse": "SSE"}
+    return next((isa for mark, isa in marks.items() if mark in kernel), kernel)
+
+
+def machine() -> dict[str, Any]:
+    """Description of this machine: strings, numbers and lists only."""
+    flags = cpu_flags()
+    memory = psutil.virtual_memory()
+    return {
+        "cpu": core().get_property("CPU", "FULL_DEVICE_NAME").strip() or platform.processor(),
+        "physical_cores": psutil.cpu_count(logical=False),
+        "usable_processors": _usable_processors(),
+        "memory_bytes": memory.total,
+        "memory_available_bytes": memory.available,
+        "isa": None if flags is None else isa_of(flags),
+        "openvino": ov.get_version(),
+        "openvino_devices": core().available_devices,
+        "openvino_cpu_capabilities": sorted(core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
+        "default": kernel_in_use(None),
+        "f32": kernel_in_use("f32"),
+    }
+
+
+def _usable_processors() -> int | None:
+    """Processors that this process may use: fewer than there are under taskset or in a container."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return psutil.cpu_count()

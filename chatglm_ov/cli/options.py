@@ -1,0 +1,75 @@
+"""Options that several commands share, and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from chatglm_ov.errors import ChatGLMError
+
+# Names only: the modules that define them cost an import of OpenVINO.
+WEIGHT_FORMATS = ("f32", "bf16", "int8", "int4")
+INFERENCE_PRECISIONS = ("f32", "bf16", "f16")
+
+_SAMPLING = ("temperature", "top_p", "top_k", "seed")
+
+
+def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], Any]:
+    """A type for an argument: an int or float from `low` (`above`: greater than it) to `high`."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value <= high or value == float("inf"):
+            raise ValueError
+        return value
+
+    limits = f"above {low}" if above else f"from {low}"
+    parse.__name__ = f"{kind.__name__} {limits}" + (f" to {high:g}" if high != float("inf") else "")
+    return parse
+
+
+def prompt_text(text: str) -> str:
+    """A type for an argument: text that a tokenizer can take."""
+    if not text.strip():
+        raise ChatGLMError("--prompt", "text", "empty", "at least one character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ChatGLMError("--prompt", "text", "not in the terminal's encoding", "valid characters") from None
+    return text
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="converted folder")
+    parser.add_argument("--weight-format", metavar="FORMAT", help="default: int8, else bf16, else what is there")
+    parser.add_argument(
+        "--inference-precision", choices=INFERENCE_PRECISIONS, help="default: what OpenVINO prefers on this machine"
+    )
+
+
+def add_generation_options(parser: argparse.ArgumentParser) -> None:
+    """Without --do-sample an answer is the same every time."""
+    parser.add_argument("--max-new-tokens", type=number(int, 1), metavar="N", help="default: 512, if the model can")
+    parser.add_argument("--do-sample", action="store_true", help="draw tokens instead of taking the likeliest")
+    parser.add_argument("--temperature", type=number(float, 0, above=True), help="with --do-sample")
+    parser.add_argument("--top-p", type=number(float, 0, 1, above=True), help="with --do-sample")
+    parser.add_argument("--top-k", type=number(int, 1), help="with --do-sample")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), help="with --do-sample: the same draws every time")
+    parser.add_argument("--repetition-penalty", type=number(float, 0, above=True), metavar="FACTOR")
+
+
+def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for `generate()`, only those that were given. Sets the seed."""
+    given = {name: getattr(arguments, name) for name in _SAMPLING}
+    for name, value in given.items():
+        if value is not None and not arguments.do_sample:
+            raise ChatGLMError(f"--{name.replace('_', '-')}", "value", value, "--do-sample with it")
+    if given["seed"] is not None:
+        from transformers import set_seed
+
+        set_seed(given["seed"])
+    named = {name: given[name] for name in _SAMPLING[:-1]}
+    named |= {"max_new_tokens": arguments.max_new_tokens, "repetition_penalty": arguments.repetition_penalty}
+    return {"do_sample": arguments.do_sample} | {name: value for name, value in named.items() if value is not None}

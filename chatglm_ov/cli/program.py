@@ -1,0 +1,114 @@
+"""What every program of the package shares: one-line errors, exit codes, signals, output on any terminal.
+
+Exit codes: 0 done, 1 a fault that is not the user's, 2 a user error, 130 Ctrl-C, 128 + n ended by signal n.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+from chatglm_ov.errors import ChatGLMError
+
+FAULT, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+
+Command = Callable[[argparse.Namespace], "int | None"]
+
+
+class UsageError(Exception):
+    """Arguments that the parser does not take."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line; `--debug` is understood before and after a sub-command."""
+
+    def __init__(self, debug_default: Any = argparse.SUPPRESS, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
+        self.add_argument("--debug", action="store_true", default=debug_default, help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def execute(parser: Parser, argv: Sequence[str] | None, command: Command) -> int:
+    """Parse `argv` (None: the process's own) and run `command` on the result; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in arguments
+    with _ending_signals():
+        try:
+            _accept_any_text()
+            code = command(parser.parse_args(arguments)) or 0
+            sys.stdout.flush()
+            return code
+        except SystemExit as end:  # --help, --version, a signal
+            return end.code if isinstance(end.code, int) else 0
+        except KeyboardInterrupt:
+            return _report(parser.prog, "interrupted", INTERRUPTED, debug)
+        except BrokenPipeError:
+            return _hang_up()
+        except (ChatGLMError, UsageError) as error:
+            return _report(parser.prog, str(error), USER_ERROR, debug)
+        except OSError as error:
+            return _report(parser.prog, _os_error(error), USER_ERROR, debug)
+        except Exception as error:
+            message = f"{type(error).__name__}: {error} (--debug shows where)"
+            return _report(parser.prog, message, FAULT, debug)
+
+
+def _report(program: str, message: str, code: int, debug: bool) -> int:
+    try:
+        if debug:
+            traceback.print_exc()
+        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        return _hang_up()
+    return code
+
+
+def _os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror or error}"
+
+
+def _hang_up() -> int:
+    """The reader of our output is gone: nothing more is written, not even by the interpreter at its end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+        with suppress(OSError, ValueError, AttributeError):
+            os.dup2(null, stream.fileno())
+    os.close(null)
+    return BROKEN_PIPE
+
+
+def _accept_any_text() -> None:
+    """A character that the terminal's encoding lacks is replaced instead of ending the program."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+@contextmanager
+def _ending_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the program, so that what it was writing is removed."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {}
+    for number in numbers:
+        with suppress(ValueError):  # only the main thread may; elsewhere signals stay as they are
+            before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
