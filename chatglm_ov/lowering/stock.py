@@ -81,21 +81,18 @@ class StockLowering:
 
     def _dequantized(self, name: str, parts: dict[str, ov.Node], shape: list[int]) -> ov.Node:
         """(data - zero_point) * scale as f32 `shape`, in the form that plugins keep compressed."""
-        value = self._decompressed(parts["weight"])
+        weight = parts["weight"]
+        if weight.get_element_type() == ov.Type.f32:
+            return weight
+        value = ops.convert(weight, "f32")
+        if "scale" not in parts:
+            # Plugins know integers with a scale by themselves, and expand them if they carry this mark.
+            value.set_friendly_name(name + DECOMPRESSION_SUFFIX)
+            return value
         if "zero_point" in parts:
-            value = ops.subtract(value, self._decompressed(parts["zero_point"]))
-        if "scale" in parts:
-            value = ops.multiply(value, parts["scale"], name=f"{name}.dequantized")
-        if len(parts["weight"].get_output_shape(0)) != len(shape):
-            value = ops.reshape(value, _i64(*shape), False)
-        return value
-
-    def _decompressed(self, constant: ov.Node) -> ov.Node:
-        if constant.get_element_type() == ov.Type.f32:
-            return constant
-        node = ops.convert(constant, "f32")
-        node.set_friendly_name(constant.get_friendly_name() + DECOMPRESSION_SUFFIX)
-        return node
+            value = ops.subtract(value, ops.convert(parts["zero_point"], "f32"))
+        value = ops.multiply(value, parts["scale"])
+        return value if len(weight.get_output_shape(0)) == len(shape) else ops.reshape(value, _i64(*shape), False)
 
     def embedding(self, name: str) -> ov.Node:
         # Rows are gathered before they are decompressed, so that the table is never expanded.

@@ -1,7 +1,7 @@
 """From a graph over a `WeightsFile` to an IR folder: openvino_model.xml beside the openvino_model.bin.
 
 OpenVINO writes the XML; what this adds is where each constant lies in our own .bin, and the mark of a
-decompression on the Converts behind compressed weights, without which a plugin folds them to f32 at load.
+decompression on the Convert of a bf16 weight, without which a plugin folds it to f32 at load.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 """Version of the layout of a converted folder and of the constants in it; checked at load."""
 
 DECOMPRESSION_SUFFIX = ".decompressed"
-"""Friendly names with this ending mark a Convert from a storage type to the type that is computed in."""
+"""Friendly names with this ending mark the Convert of a weight that is stored in bf16."""
 
 
 def write_ir(model: ov.Model, weights: WeightsFile, xml_path: Path) -> None:
