@@ -57,7 +57,8 @@ def load_model(
     folder = Path(folder)
     fields = read_config_json(folder)
     config = parse_config(fields, folder / "config.json")
-    version = fields.get("chatglm_ov", {}).get("format_version")
+    marker = fields.get("chatglm_ov")
+    version = marker.get("format_version") if isinstance(marker, dict) else None
     if version != FORMAT_VERSION:
         seen = "missing (a checkpoint, not converted)" if version is None else version
         raise ChatGLMError(folder / "config.json", "chatglm_ov.format_version", seen, FORMAT_VERSION)

@@ -1,0 +1,405 @@
+"""Request against the goldens, its own invariants, and what it and load_model refuse."""
+
+# ruff: noqa: F811 (a fixture is imported)
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden_cases import (  # noqa: F401
+    CHATS,
+    TOLERANCE,
+    V1,
+    V2,
+    Opener,
+    Prompt,
+    chat_prompts,
+    each_golden,
+    each_small,
+    golden_prompt,
+    open_compiled,
+    own_prompt,
+    teacher_forced,
+)
+from golden_sets import Golden, cases
+
+from chatglm_ov import ChatGLMError, convert
+from chatglm_ov.runtime import CompiledModel, Request, default_weight_format, load_model, weight_formats
+
+# Two ways through the same f32 graph: the sums may be taken in another order.
+SAME = 1e-4
+
+
+def original_cache(golden: Golden, prompt: str, part: str) -> np.ndarray:
+    """Layer 0's keys or values of a set as [B, heads, T, D]."""
+    stored = golden[f"{prompt}_final_{part}0"]
+    return stored if golden.folder.name.startswith("glm4") else stored.transpose(1, 2, 0, 3)
+
+
+@pytest.mark.parametrize(("golden", "prompt"), cases("dec_logits"))
+def test_goldens(golden, prompt, open_compiled: Opener, record_property):
+    model = open_compiled(golden.checkpoint)
+    given, request = golden_prompt(golden, prompt, model), model.create_request()
+    wanted = golden[f"{prompt}_dec_logits"]
+    tokens = golden[f"{prompt}_dec_tokens"]
+    prefill, decoded = teacher_forced(request, given, tokens)
+    errors = {"decode": np.abs(decoded[:, : wanted.shape[1]] - wanted).max()}
+    if f"{prompt}_prefill_logits" in golden:
+        real = given.keep.astype(bool)
+        errors["prefill"] = np.abs(prefill - golden[f"{prompt}_prefill_logits"])[real].max()
+    if f"{prompt}_final_k0" in golden:
+        real = given.extended(tokens[:, :-1]).keep.astype(bool)[:, None, :, None]
+        for name, ours in zip("kv", request.cached(0), strict=True):
+            errors[name] = np.abs(np.where(real, ours - original_cache(golden, prompt, name), 0)).max()
+    for name, error in errors.items():
+        record_property(name, float(error))
+        print(f"{name}: max error {error:.1e}")
+        assert error < TOLERANCE
+    np.testing.assert_array_equal(decoded[:, : wanted.shape[1]].argmax(-1), wanted.argmax(-1))
+
+
+@pytest.mark.parametrize("golden", CHATS, ids=str)
+def test_chat_goldens(golden, open_compiled: Opener):
+    model = open_compiled(golden.checkpoint)
+    request = model.create_request()
+    for i, ids in enumerate(chat_prompts(golden)):
+        tokens = golden[f"q{i}_dec_tokens"][None]
+        _, decoded = teacher_forced(request, own_prompt(ids, model), tokens)
+        assert np.abs(decoded[0, 0] - golden[f"q{i}_last_logits"]).max() < TOLERANCE
+        best = np.take_along_axis(decoded[0], golden[f"q{i}_dec_top16_ids"], axis=1)
+        assert np.abs(best - golden[f"q{i}_dec_top16_logits"]).max() < TOLERANCE
+        np.testing.assert_array_equal(decoded.argmax(-1), tokens)
+
+
+def test_first_generation_scales_the_residual_for_28_layers(open_compiled: Opener, shared: Path):
+    """The other reading, sqrt(2 num_layers), gives other logits by far, unless there are 28 layers."""
+    folder = shared / "golden" / "v1" / "v1_tiny"
+    other = np.load(folder / "golden_alpha_from_num_layers.npz")
+    model = open_compiled(folder / "checkpoint")
+    prompt = golden_prompt(Golden("shared", folder), "p17", model)
+    ours = prompt.feed(model.create_request())
+    assert np.abs(ours - other["p17_prefill_logits"]).max() > 100 * TOLERANCE
+
+
+def test_padding_without_a_mask_is_seen(shared: Path, open_compiled: Opener):
+    golden = Golden("shared", shared / "golden" / "v3" / "v3_tiny")
+    model = open_compiled(golden.checkpoint)
+    ours = own_prompt(golden["batch_input_ids"], model).feed(model.create_request())
+    assert np.abs(ours - golden["batch_nomask_prefill_logits"]).max() < TOLERANCE
+
+
+@each_golden
+def test_batch_row_is_the_row_alone(golden, open_compiled: Opener):
+    model = open_compiled(golden.checkpoint)
+    batch = golden_prompt(golden, "batch", model)
+    tokens = golden["batch_dec_tokens"]
+    _, together = teacher_forced(model.create_request(), batch, tokens)
+    for i in range(batch.rows):
+        _, alone = teacher_forced(model.create_request(), batch.row(i), tokens[i : i + 1])
+        assert np.abs(together[i] - alone[0]).max() < SAME
+
+
+@each_small
+def test_stepwise_is_full(golden, open_compiled: Opener):
+    """From the end of the prompt on: the first generation's prefix must be in one call."""
+    model = open_compiled(golden.checkpoint)
+    prompt, tokens = golden_prompt(golden, "p5", model), golden["p5_dec_tokens"]
+    _, stepwise = teacher_forced(model.create_request(), prompt, tokens)
+    full = prompt.extended(tokens[:, :-1]).feed(model.create_request(), logits_to_keep=tokens.shape[1])
+    assert np.abs(stepwise - full).max() < SAME
+
+
+@pytest.mark.parametrize("cuts", [(1,), (16,), (3, 4, 11)], ids=str)
+def test_chunked_prompt_is_the_whole(cuts, open_compiled: Opener):
+    model = open_compiled(V2.checkpoint)
+    prompt = golden_prompt(V2, "batch", model)
+    whole, request = prompt.feed(model.create_request()), model.create_request()
+    ends = (*cuts, prompt.ids.shape[1])
+    chunks = [prompt.feed(request, start, end) for start, end in zip((0, *cuts), ends, strict=True)]
+    real = prompt.keep.astype(bool)
+    assert np.abs(np.concatenate(chunks, axis=1) - whole)[real].max() < SAME
+
+
+def test_chunk_after_the_prefix_is_the_whole(open_compiled: Opener):
+    """The first generation: `mid` has seven columns from <sop> on, which are causal."""
+    model = open_compiled(V1.checkpoint)
+    prompt = golden_prompt(V1, "mid", model)
+    whole, request = prompt.feed(model.create_request()), model.create_request()
+    first_end = int(prompt.prefix[0]) + 1
+    chunks = [prompt.feed(request, 0, first_end), prompt.feed(request, first_end, None)]
+    assert np.abs(np.concatenate(chunks, axis=1) - whole).max() < SAME
+
+
+@each_small
+@pytest.mark.parametrize("precision", ["f32", None])
+def test_reset_is_fresh(golden, precision, open_compiled: Opener):
+    model = open_compiled(golden.checkpoint, "int8", precision)
+    prompt, batch = golden_prompt(golden, "p5", model), golden_prompt(golden, "batch", model)
+    fresh = teacher_forced(model.create_request(), prompt, golden["p5_dec_tokens"])
+    used = model.create_request()
+    teacher_forced(used, batch, golden["batch_dec_tokens"])
+    used.reset()
+    assert (used.past_length, used.rows) == (0, 0)
+    for ours, theirs in zip(teacher_forced(used, prompt, golden["p5_dec_tokens"]), fresh, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@each_small
+def test_requests_do_not_disturb_each_other(golden, open_compiled: Opener):
+    model = open_compiled(golden.checkpoint)
+    one, other = golden_prompt(golden, "p5", model), golden_prompt(golden, "batch", model)
+    tokens, other_tokens = golden["p5_dec_tokens"], golden["batch_dec_tokens"]
+    alone = teacher_forced(model.create_request(), one, tokens)[1]
+    request, second = model.create_request(), model.create_request()
+    steps = [one.feed(request)[:, -1]]
+    other.feed(second)
+    whole, other_whole = one.extended(tokens[:, :-1]), other.extended(other_tokens[:, :-1])
+    for i in range(tokens.shape[1] - 1):
+        at, other_at = one.ids.shape[1] + i, other.ids.shape[1] + i
+        other_whole.feed(second, other_at, other_at + 1)
+        steps.append(whole.feed(request, at, at + 1)[:, -1])
+    np.testing.assert_array_equal(np.stack(steps, axis=1), alone)
+
+
+@each_small
+def test_beam_idx_continues_the_rows_it_names(golden, open_compiled: Opener):
+    """Reordered, repeated, more and fewer rows: as if each row had been computed from its start."""
+    model = open_compiled(golden.checkpoint)
+    prompt = golden_prompt(golden, "batch", model)
+    history = prompt
+    request, rng = model.create_request(), np.random.default_rng(0)
+    prompt.feed(request)
+    for beams in ([2, 0, 1], [1, 1, 2], [0, 0, 1, 2, 2], [4, 1], [0, 1]):
+        rows = np.array(beams)
+        tokens = rng.integers(0, model.config.vocab_rows, (rows.size, 1))
+        prefix = None if history.prefix is None else history.prefix[rows]
+        chosen = Prompt(history.ids[rows], history.keep[rows], history.position_ids[rows], prefix)
+        history = chosen.extended(tokens)
+        last = history.ids.shape[1] - 1
+        ours = request.infer(tokens, history.keep, history.position_ids[..., last:], rows, 1, prefix)
+        assert np.abs(ours - history.feed(model.create_request(), logits_to_keep=1)).max() < SAME
+    assert request.rows == 2
+
+
+@each_small
+@pytest.mark.parametrize("kept", [1, 2, 30, 31])
+def test_logits_to_keep_are_the_last(golden, kept, open_compiled: Opener):
+    model = open_compiled(golden.checkpoint)
+    prompt = golden_prompt(golden, "batch", model)
+    whole = prompt.feed(model.create_request())
+    np.testing.assert_allclose(prompt.feed(model.create_request(), logits_to_keep=kept), whole[:, -kept:], atol=SAME)
+
+
+@each_small
+def test_default_precision_computes_the_same_model(golden, open_compiled: Opener):
+    """Where the device prefers bf16, unit roundoff 2^-8 over some dozens of operations in a row stays far below 10 %
+    of the logits' norm; a wrong kernel does not."""
+    prompt = golden_prompt(golden, "batch", open_compiled(golden.checkpoint))
+    exact, ours = (
+        teacher_forced(open_compiled(golden.checkpoint, "f32", p).create_request(), prompt, golden["batch_dec_tokens"])[
+            1
+        ]
+        for p in ("f32", None)
+    )
+    assert np.linalg.norm(ours - exact) < 0.1 * np.linalg.norm(exact)
+
+
+# Wrong calls
+
+WrongCall = Callable[[Request, Prompt], object]
+
+
+def call(request: Request, prompt: Prompt, **changes: object) -> np.ndarray:
+    """The whole prompt, with some arguments replaced."""
+    arguments = {
+        "input_ids": prompt.ids,
+        "attention_mask": prompt.keep,
+        "position_ids": prompt.position_ids,
+        "beam_idx": np.arange(prompt.rows),
+        "prefix_length": prompt.prefix,
+    }
+    return request.infer(**{**arguments, **changes})
+
+
+WRONG_CALLS: dict[str, tuple[str, Callable[[Prompt, CompiledModel], dict[str, object]]]] = {
+    "one dimension": ("input_ids", lambda p, m: {"input_ids": p.ids[0]}),
+    "no token": ("input_ids", lambda p, m: {"input_ids": p.ids[:, :0]}),
+    "no row": ("input_ids", lambda p, m: {"input_ids": p.ids[:0]}),
+    "id beyond the vocabulary": ("input_ids", lambda p, m: {"input_ids": p.ids * 0 + m.config.vocab_rows}),
+    "negative id": ("input_ids", lambda p, m: {"input_ids": p.ids * 0 - 1}),
+    "mask too short": ("attention_mask", lambda p, m: {"attention_mask": p.keep[:, 1:]}),
+    "mask of other rows": ("attention_mask", lambda p, m: {"attention_mask": p.keep[:1]}),
+    "positions too short": ("position_ids", lambda p, m: {"position_ids": p.position_ids[..., 1:]}),
+    "positions of other rows": ("position_ids", lambda p, m: {"position_ids": p.position_ids[:2]}),
+    "negative position": ("position_ids", lambda p, m: {"position_ids": p.position_ids - 1}),
+    "one row of positions too many": ("position_ids", lambda p, m: {"position_ids": np.stack([p.position_ids] * 3, 1)}),
+    "beam_idx too short": ("beam_idx", lambda p, m: {"beam_idx": np.arange(2)}),
+    "no such row": ("beam_idx", lambda p, m: {"beam_idx": np.array([0, 1, 3])}),
+    "negative row": ("beam_idx", lambda p, m: {"beam_idx": np.array([0, 1, -1])}),
+    "negative logits_to_keep": ("logits_to_keep", lambda p, m: {"logits_to_keep": -1}),
+    "prefix of other rows": ("prefix_length", lambda p, m: {"prefix_length": np.array([1, 2])}),
+}
+
+
+@each_small
+@pytest.mark.parametrize("wrong", WRONG_CALLS)
+def test_wrong_calls_are_named_and_harmless(golden, wrong, open_compiled: Opener):
+    model = open_compiled(golden.checkpoint)
+    prompt, request = golden_prompt(golden, "batch", model), model.create_request()
+    right = call(request, prompt)
+    field, changes = WRONG_CALLS[wrong]
+    request.reset()
+    with pytest.raises(ChatGLMError) as error:
+        call(request, prompt, **changes(prompt, model))
+    assert error.value.field == field
+    assert "\n" not in str(error.value)
+    np.testing.assert_array_equal(call(request, prompt), right)
+
+
+@each_small
+def test_wrong_call_leaves_the_cache_as_it_was(golden, open_compiled: Opener):
+    model = open_compiled(golden.checkpoint)
+    prompt, request = golden_prompt(golden, "batch", model), model.create_request()
+    prompt.feed(request)
+    next_token = prompt.extended(golden["batch_dec_tokens"][:, :1])
+    before = [part.copy() for part in request.cached(0)]
+    with pytest.raises(ChatGLMError, match="beam_idx is a row 3, expected 0 to 2"):
+        request.infer(
+            next_token.ids[:, -1:],
+            next_token.keep,
+            next_token.position_ids[..., -1:],
+            np.array([0, 1, 3]),
+            1,
+            prompt.prefix,
+        )
+    for ours, wanted in zip(request.cached(0), before, strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+    ours = next_token.feed(request, prompt.ids.shape[1])
+    assert np.abs(ours[:, -1] - golden["batch_dec_logits"][:, 1]).max() < TOLERANCE
+
+
+def test_left_out_prefix_is_not_the_last_calls(open_compiled: Opener):
+    model = open_compiled(V1.checkpoint)
+    prompt, request = golden_prompt(V1, "batch", model), model.create_request()
+    call(request, prompt)
+    request.reset()
+    with pytest.raises(ChatGLMError, match=r"prefix_length is missing, expected \[3\]"):
+        call(request, prompt, prefix_length=None)
+
+
+def test_prefix_of_a_model_without_one_is_refused(open_compiled: Opener):
+    model = open_compiled(V2.checkpoint)
+    prompt = golden_prompt(V2, "p5", model)
+    with pytest.raises(ChatGLMError, match="prefix_length is given, expected none"):
+        call(model.create_request(), prompt, prefix_length=np.array([3]))
+
+
+def test_position_beyond_the_rotary_table_is_refused(open_compiled: Opener):
+    model = open_compiled(V2.checkpoint)
+    prompt = golden_prompt(V2, "p5", model)
+    last = np.array([[507, 508, 509, 510, 511]])
+    assert np.isfinite(call(model.create_request(), prompt, position_ids=last)).all()
+    with pytest.raises(ChatGLMError, match=r"a position 512, expected 0 to 511 \(seq_length 512\)"):
+        call(model.create_request(), prompt, position_ids=last + 1)
+
+
+def test_first_generation_has_no_last_position(open_compiled: Opener):
+    model = open_compiled(V1.checkpoint)
+    prompt = golden_prompt(V1, "p5", model)
+    assert np.isfinite(call(model.create_request(), prompt, position_ids=prompt.position_ids + 5000)).all()
+
+
+# Loading
+
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    return convert(V2.checkpoint, folder, ("bf16", "f32"), ops="stock", progress=False)
+
+
+@pytest.fixture
+def folder(whole_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole_folder, tmp_path / "model"))
+
+
+def shorten(path: Path, missing_bytes: int) -> None:
+    os.truncate(path, path.stat().st_size - missing_bytes)
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "no bin": (lambda f: (f / "f32" / "openvino_model.bin").unlink(), r"openvino_model\.bin: file is missing"),
+    "empty bin": (lambda f: (f / "f32" / "openvino_model.bin").write_bytes(b""), "IR is unreadable .*bin file"),
+    "bin short of a byte": (lambda f: shorten(f / "f32" / "openvino_model.bin", 1), "IR is unreadable .*bin file"),
+    "half an xml": (
+        lambda f: shorten(f / "f32" / "openvino_model.xml", 9999),
+        r"openvino_model\.xml: IR is unreadable",
+    ),
+    "empty xml": (lambda f: (f / "f32" / "openvino_model.xml").write_bytes(b""), "IR is unreadable"),
+    "no xml": (
+        lambda f: (f / "f32" / "openvino_model.xml").unlink(),
+        r"weight_format is 'f32', expected one of \['bf16'\]",
+    ),
+    "another version": (
+        lambda f: edit_config(f, chatglm_ov={"format_version": 99}),
+        r"config\.json: chatglm_ov\.format_version is 99, expected 1",
+    ),
+    "another marker": (lambda f: edit_config(f, chatglm_ov="yes"), "format_version is missing"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
+    "other config": (lambda f: edit_config(f, num_layers=0), "num_layers is 0, expected greater than 0"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folder_is_named(damage, folder: Path):
+    spoil, message = DAMAGES[damage]
+    spoil(folder)
+    with pytest.raises(ChatGLMError, match=message) as error:
+        load_model(folder, "f32", "f32")
+    assert "\n" not in str(error.value)
+
+
+def test_checkpoint_is_no_converted_folder():
+    with pytest.raises(ChatGLMError, match=r"format_version is missing \(a checkpoint, not converted\)"):
+        load_model(V2.checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_format": "int3"}, r"weight_format is 'int3', expected one of \['bf16', 'f32'\]"),
+        ({"inference_precision": "f64"}, "inference_precision is 'f64', expected one of"),
+        ({"device": "TOASTER"}, "device TOASTER: compilation is .*TOASTER.*, expected a device of .*CPU"),
+        ({"properties": {"NO_SUCH_PROPERTY": "1"}}, "NO_SUCH_PROPERTY"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_options_are_named(options, message, whole_folder: Path):
+    with pytest.raises(ChatGLMError, match=message) as error:
+        load_model(whole_folder, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_weight_format_is_chosen(folder: Path):
+    assert weight_formats(folder) == ["bf16", "f32"]
+    assert default_weight_format(folder) == "bf16"
+    (folder / "bf16").rename(folder / "int8")
+    assert default_weight_format(folder) == "int8"
+    shutil.rmtree(folder / "int8")
+    assert default_weight_format(folder) == "f32"
+    shutil.rmtree(folder / "f32")
+    with pytest.raises(ChatGLMError, match="weight formats is none"):
+        load_model(folder)
