@@ -85,6 +85,8 @@ class Prompt:
 
 def given_mask(golden: Golden, name: str) -> np.ndarray | None:
     """The attention mask of a golden prompt as int64 [B, L], 1 = real; None where no column is padding."""
+    if f"{name}_attention_mask" not in golden:
+        return None
     mask = golden[f"{name}_attention_mask"]
     if mask.ndim == 4:
         mask = 1 - mask[:, 0, -1].astype(np.int64)
