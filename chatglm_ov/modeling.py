@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from chatglm_ov.config import ArchitectureConfig, read_config_json
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation.cache import Session, StateCache
+from chatglm_ov.generation.chat import ChatMixin
 from chatglm_ov.generation.inputs import prepare
 from chatglm_ov.generation.mixin import StatefulGenerationMixin
 from chatglm_ov.runtime import load_model
@@ -51,7 +52,7 @@ class OVChatGLMConfig(PretrainedConfig):
         return cls(**fields)
 
 
-class OVChatGLMForCausalLM(StatefulGenerationMixin, PreTrainedModel):
+class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
     """A model of the ChatGLM family on OpenVINO.
 
     It owns one infer request, so one KV cache: a call without `past_key_values` begins a new sequence in it, the

@@ -1,0 +1,79 @@
+"""`chat()` and `stream_chat()`, named and used as those of the original models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+
+from chatglm_ov.chat import ChatFormat, chat_format_for
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.generation.stream import stream_tokens
+from chatglm_ov.tokenizer import TextStream
+
+
+class ChatMixin:
+    """Conversations over a model with `generate` and `config` (see OVChatGLMForCausalLM).
+
+    `history` and the history returned are a list of (query, answer) pairs for ChatGLM-6B and ChatGLM2, of messages
+    `{"role", "content", ...}` for ChatGLM3 and GLM-4; the argument itself is not changed. `options` go to
+    `generate()`; those of the original chat (sampling with its top_p and temperature, max_length counting the
+    prompt too) hold unless told otherwise. `max_new_tokens` counts the answer alone.
+    """
+
+    config: Any
+
+    def chat(
+        self, tokenizer: Any, query: str, history: Sequence | None = None, role: str = "user", **options: Any
+    ) -> tuple[Any, list]:
+        """(answer, history with this round). The answer is text, for a tool call a dict with `name`."""
+        chat, ids = _prompt(tokenizer, query, history, role)
+        settings = _settings(chat, tokenizer, len(ids), options, self.config)
+        output = self.generate(torch.tensor([ids]), **settings)  # type: ignore[attr-defined]
+        return chat.answer(tokenizer, output[0, len(ids) :].tolist(), query, history, role)
+
+    def stream_chat(
+        self, tokenizer: Any, query: str, history: Sequence | None = None, role: str = "user", **options: Any
+    ) -> Iterator[tuple[Any, list]]:
+        """Iterator over the growing answer: each item is what `chat()` would return if the answer ended there,
+        the last one what it does return. Characters come whole. Closing the iterator ends the answer."""
+        chat, ids = _prompt(tokenizer, query, history, role)
+        settings = _settings(chat, tokenizer, len(ids), options, self.config)
+        stops, stream = chat.stop_token_ids(tokenizer), TextStream(tokenizer)
+
+        def answers() -> Iterator[tuple[Any, list]]:
+            text, token = "", None
+            with closing(stream_tokens(self, torch.tensor([ids]), **settings)) as tokens:  # type: ignore[type-var]
+                for token in tokens:
+                    piece = "" if token in stops else stream.put(token)
+                    text += piece
+                    if piece:
+                        yield chat.process_response(text, query, history, role)
+            rest = stream.flush()
+            if rest or not text:
+                yield chat.process_response(text + rest, query, history, role)
+
+        return answers()
+
+
+def _prompt(tokenizer: Any, query: str, history: Sequence | None, role: str) -> tuple[ChatFormat, list[int]]:
+    chat = chat_format_for(tokenizer)
+    return chat, chat.build_inputs(tokenizer, query, history, role)
+
+
+def _settings(chat: ChatFormat, tokenizer: Any, prompt: int, options: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Arguments of generate() for a prompt of that many tokens: the original's defaults under `options`, and an
+    end that the positions of the model allow."""
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = {**chat.defaults.as_dict(), "eos_token_id": chat.stop_token_ids(tokenizer), **given}
+    if not settings["do_sample"]:
+        settings |= {name: given.get(name, 1.0) for name in ("top_p", "temperature")}
+    if "max_new_tokens" in given:
+        settings["max_length"] = prompt + given["max_new_tokens"]
+    limit = getattr(config, "max_position_embeddings", None) or settings["max_length"]
+    settings |= {"max_length": min(settings["max_length"], limit), "max_new_tokens": None}
+    if prompt >= settings["max_length"]:
+        raise ChatGLMError("chat", "prompt", f"{prompt} tokens long", f"fewer than {settings['max_length']}")
+    return settings

@@ -1,0 +1,64 @@
+"""The tokens of `generate()` one by one, as an iterator."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+
+class _Closed(Exception):
+    """Nobody waits for further tokens."""
+
+
+class _Tokens(BaseStreamer):
+    """Hands tokens from the thread that makes them to the one that reads them; an exception at the end, or None."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[int | BaseException | None] = SimpleQueue()
+        self.closed = threading.Event()
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.closed.is_set():
+            raise _Closed
+        if self._prompt_seen:
+            for token in value.flatten().tolist():
+                self.queue.put(token)
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """The thread says when it is done."""
+
+    def run(self, model: Any, input_ids: torch.Tensor, options: dict[str, Any]) -> None:
+        try:
+            model.generate(input_ids, streamer=self, **options)
+        except _Closed:
+            self.queue.put(None)
+        except BaseException as error:
+            self.queue.put(error)
+        else:
+            self.queue.put(None)
+
+
+def stream_tokens(model: Any, input_ids: torch.Tensor, **options: Any) -> Iterator[int]:
+    """New tokens of `model.generate(input_ids, **options)` as soon as each is chosen; `input_ids` int64 [1, L].
+
+    Generation runs in a thread of its own. Closing the iterator ends it after the token in the making. What
+    generate() raises is raised here.
+    """
+    tokens = _Tokens()
+    thread = threading.Thread(target=tokens.run, args=(model, input_ids, options), daemon=True)
+    thread.start()
+    try:
+        while (item := tokens.queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        tokens.closed.set()
+        thread.join()

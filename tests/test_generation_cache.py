@@ -1,0 +1,107 @@
+"""The handle on the cache inside the model, without a model."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import Cache
+
+from chatglm_ov import ChatGLMError
+from chatglm_ov.generation.cache import Session, StateCache
+
+
+def begun(rows: int = 3, columns: int = 5, prefix: np.ndarray | None = None) -> tuple[Session, StateCache]:
+    """A session with a sequence of `columns` in it; row i has i columns of padding and ends at position 10 + i."""
+    session = Session(SimpleNamespace(reset=lambda: None), num_layers=2)
+    cache = session.restart(rows, prefix)
+    keep = np.arange(columns) >= np.arange(rows)[:, None]
+    cache.advance(keep, 10 + np.arange(rows))
+    return session, cache
+
+
+def test_it_is_a_cache_that_generate_may_hold():
+    session, cache = begun()
+    assert isinstance(cache, Cache)
+    assert cache.get_seq_length() == 5
+    assert cache.batch_size == cache.max_batch_size == 3
+    assert cache.get_max_cache_shape() in (None, -1)
+    assert cache.get_max_cache_shape() == cache.get_max_length() == cache.max_cache_len
+    assert not cache.is_compileable
+    assert len(cache) == session.num_layers
+    assert cache
+    assert repr(cache) == "StateCache(rows=3, columns=5)"
+
+
+def test_a_fresh_handle_is_empty():
+    session = Session(SimpleNamespace(reset=lambda: None), num_layers=2)
+    cache = session.restart(2, None)
+    assert cache.get_seq_length() == 0
+    assert cache.beam_idx.tolist() == [0, 1]
+    assert cache.beam_idx.dtype == np.int32
+
+
+def test_reorder_moves_what_is_known_of_a_row():
+    prefix = np.array([7, 8, 9])
+    _, cache = begun(prefix=prefix)
+    keep = cache.keep
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert cache.beam_idx.tolist() == [2, 0, 0]
+    assert cache.position.tolist() == [12, 10, 10]
+    assert cache.prefix.tolist() == [9, 7, 7]
+    assert np.array_equal(cache.keep, keep[[2, 0, 0]])
+    assert cache.beam_idx.dtype == np.int32
+
+
+def test_reorders_compose_until_the_next_call():
+    """Row i of the second order is row second[i] of the first one, whose cache rows are still where they were."""
+    _, cache = begun()
+    first, second = torch.tensor([1, 2, 0]), torch.tensor([0, 0, 2])
+    cache.reorder_cache(first)
+    cache.reorder_cache(second)
+    assert cache.beam_idx.tolist() == first[second].tolist()
+    cache.advance(cache.keep, cache.position)
+    assert cache.beam_idx.tolist() == [0, 1, 2]
+
+
+def test_rows_are_repeated_and_selected():
+    _, cache = begun()
+    cache.batch_repeat_interleave(2)
+    assert cache.beam_idx.tolist() == [0, 0, 1, 1, 2, 2]
+    assert cache.batch_size == 6
+    cache.batch_select_indices(torch.tensor([5, 1]))
+    assert cache.beam_idx.tolist() == [2, 0]
+    assert cache.position.tolist() == [12, 10]
+
+
+def test_a_new_sequence_makes_the_handle_stale():
+    session, cache = begun()
+    cache.check_current(session)
+    fresh = session.restart(1, None)
+    for use in (cache.get_seq_length, cache.check_current, lambda: cache.reorder_cache(torch.tensor([0]))):
+        with pytest.raises(ChatGLMError, match="past_key_values: sequence is an earlier one"):
+            use()
+    assert fresh.get_seq_length() == 0
+
+
+def test_another_models_handle_is_refused():
+    (session, _), (_, cache) = begun(), begun()
+    with pytest.raises(ChatGLMError, match="past_key_values: model is another one"):
+        cache.check_current(session)
+
+
+def test_what_would_need_keys_and_values_is_refused():
+    _, cache = begun()
+    for use in (
+        lambda: cache.update(torch.zeros(1), torch.zeros(1), 0),
+        lambda: cache.crop(2),
+        lambda: cache.reset(),
+        lambda: cache[0],
+        lambda: list(cache),
+        lambda: copy.deepcopy(cache),
+    ):
+        with pytest.raises(ChatGLMError, match="needs the keys and values"):
+            use()

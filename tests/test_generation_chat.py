@@ -1,0 +1,186 @@
+"""chat() and stream_chat() against what the original models answered."""
+
+from __future__ import annotations
+
+import json
+import threading
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from golden_sets import ROOTS
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert, load_tokenizer
+from chatglm_ov.chat import chat_format_for
+from chatglm_ov.generation.chat import _settings
+from chatglm_ov.generation.stream import stream_tokens
+
+DATA = Path(__file__).parent / "data"
+SETS = [
+    pytest.param((name, path.parent), id=f"{root}-{name}")
+    for root, folder in ROOTS.items()
+    for name in ("v1", "glm4")
+    for path in sorted((folder / name).glob("*_chat/chat.json"))
+]
+
+
+@pytest.fixture(scope="module", params=SETS)
+def case(request, tmp_path_factory):
+    """Model, tokenizer and conversations of one set."""
+    name, folder = request.param
+    converted = tmp_path_factory.mktemp("chat") / name
+    convert(folder / "checkpoint", converted, weight_formats=("f32",), ops="stock", progress=False)
+    model = OVChatGLMForCausalLM.from_pretrained(converted, inference_precision="f32")
+    entries = json.loads((folder / "chat.json").read_text(encoding="utf-8"))
+    return SimpleNamespace(model=model, tokenizer=load_tokenizer(DATA / f"tokenizer_{name}"), entries=entries)
+
+
+def question(entry: dict) -> dict:
+    """query, history and role of an entry that is given either so or as messages."""
+    if "messages" in entry:
+        *history, last = entry["messages"]
+        return {"query": last["content"], "history": history, "role": last["role"]}
+    return {"query": entry["query"], "history": entry["history"]}
+
+
+def greedy(entry: dict) -> dict:
+    return {**question(entry), "do_sample": False, "max_length": entry["max_length"]}
+
+
+def as_messages(history: list) -> list:
+    """Pairs as JSON has them."""
+    return [list(item) if isinstance(item, tuple) else item for item in history]
+
+
+def test_answers_are_the_originals(case):
+    for entry in case.entries:
+        answer, history = case.model.chat(case.tokenizer, **greedy(entry))
+        chat = chat_format_for(case.tokenizer)
+        assert (answer, history) == chat.answer(case.tokenizer, entry["generated_ids"], **question(entry))
+        if max(entry["generated_ids"]) >= len(case.tokenizer) or "chat_response" not in entry:
+            continue  # a padding row's id, after which the original writes text twice; or no chat() was run
+        streamed = list(case.model.stream_chat(case.tokenizer, **greedy(entry)))
+        assert streamed[-1] == (answer, history)
+        # GLM-4's chat() takes off the last token, here a real one; its stream ends the same way.
+        told = [response for response, _ in streamed]
+        assert entry["chat_response"] in told[-2:]
+        assert all(response in told for response in entry["stream_chat_responses"])
+        if entry["chat_response"] == answer:
+            assert as_messages(history) == entry["chat_history"]
+
+
+def test_stream_grows_and_ends_as_the_whole(case):
+    entry = case.entries[0]
+    streamed = list(case.model.stream_chat(case.tokenizer, **greedy(entry)))
+    texts = [chat_text(history) for _, history in streamed]
+    assert len(texts) > 5
+    assert all(len(a) < len(b) for a, b in pairwise(texts))
+    assert streamed[-1] == case.model.chat(case.tokenizer, **greedy(entry))
+
+
+def chat_text(history: list) -> str:
+    """What the model said last, metadata included."""
+    last = history[-1]
+    return last[1] if isinstance(last, tuple) else last["metadata"] + last["content"]
+
+
+def test_history_argument_is_not_changed_and_can_be_fed_back(case):
+    history: list = []
+    _, first = case.model.chat(case.tokenizer, "你好", history=history, do_sample=False, max_new_tokens=4)
+    assert history == []
+    rounds = len(first)
+    _, second = case.model.chat(case.tokenizer, "Hello", history=first, do_sample=False, max_new_tokens=4)
+    assert len(first) == rounds
+    assert second[:rounds] == first
+
+
+class ForceAt(LogitsProcessor):
+    """The given token as the n-th new one."""
+
+    def __init__(self, token: int, length: int):
+        self.token, self.length = token, length
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] == self.length:
+            scores = torch.full_like(scores, -torch.inf)
+            scores[:, self.token] = 0
+        return scores
+
+
+def test_stop_token_ends_the_answer_and_is_not_in_it(case):
+    entry = case.entries[0]
+    chat, kept = chat_format_for(case.tokenizer), entry["generated_ids"][:3]
+    for stop in chat.stop_token_ids(case.tokenizer):
+        force = ForceAt(stop, len(entry["prompt_ids"]) + 3)
+        options = {**greedy(entry), "logits_processor": LogitsProcessorList([force])}
+        wanted = chat.answer(case.tokenizer, kept, **question(entry))
+        assert case.model.chat(case.tokenizer, **options) == wanted
+        assert list(case.model.stream_chat(case.tokenizer, **options))[-1] == wanted
+
+
+def test_an_answer_of_nothing_is_streamed_too(case):
+    entry = case.entries[0]
+    stop = chat_format_for(case.tokenizer).stop_token_ids(case.tokenizer)[0]
+    force = LogitsProcessorList([ForceAt(stop, len(entry["prompt_ids"]))])
+    streamed = list(case.model.stream_chat(case.tokenizer, **greedy(entry), logits_processor=force))
+    assert [response for response, _ in streamed] == [""]
+
+
+def test_closing_the_stream_ends_the_work(case, monkeypatch):
+    calls, threads, request = [], threading.active_count(), case.model.session.request
+    infer = request.infer
+    monkeypatch.setattr(request, "infer", lambda *args, **kwargs: calls.append(1) or infer(*args, **kwargs))
+    answers = case.model.stream_chat(case.tokenizer, "你好", do_sample=False, max_new_tokens=2000)
+    next(answers)
+    answers.close()
+    assert 0 < len(calls) < 2000
+    assert threading.active_count() == threads
+    entry, chat = case.entries[0], chat_format_for(case.tokenizer)
+    again = case.model.chat(case.tokenizer, **greedy(entry))
+    assert again == chat.answer(case.tokenizer, entry["generated_ids"], **question(entry))
+
+
+def test_errors_of_the_other_thread_come_out(case):
+    with pytest.raises(ValueError, match="not used by the model"):
+        list(case.model.stream_chat(case.tokenizer, "你好", unheard_of=1))
+    with pytest.raises(ValueError, match="streamer"):
+        list(stream_tokens(case.model, torch.tensor([case.entries[0]["prompt_ids"]]), num_beams=2))
+
+
+def test_wrong_questions_are_refused_before_any_work(case):
+    for call in (case.model.chat, case.model.stream_chat):
+        with pytest.raises(ChatGLMError, match="query"):
+            call(case.tokenizer, 5)
+        with pytest.raises(ChatGLMError, match=r"chat: prompt is \d+ tokens long, expected fewer than 2"):
+            call(case.tokenizer, "你好", max_length=2)
+
+
+def test_settings_are_the_originals_unless_told(case):
+    chat = chat_format_for(case.tokenizer)
+    config = SimpleNamespace(max_position_embeddings=4096)
+    settings = _settings(chat, case.tokenizer, 10, {}, config)
+    defaults = chat.defaults
+    assert settings["do_sample"] is True
+    assert (settings["top_p"], settings["temperature"]) == (defaults.top_p, defaults.temperature)
+    assert settings["max_length"] == min(defaults.max_length, 4096)
+    assert settings["eos_token_id"] == chat.stop_token_ids(case.tokenizer)
+    told = _settings(chat, case.tokenizer, 10, {"max_new_tokens": 7, "temperature": 0.2, "top_k": 3}, config)
+    assert (told["max_length"], told["temperature"], told["top_k"]) == (17, 0.2, 3)
+    assert _settings(chat, case.tokenizer, 10, {"max_new_tokens": 9999}, config)["max_length"] == 4096
+    # Without sampling its parameters say nothing, and the library warns of them.
+    plain = _settings(chat, case.tokenizer, 10, {"do_sample": False}, config)
+    assert (plain["top_p"], plain["temperature"]) == (1.0, 1.0)
+
+
+def test_sampling_is_the_default_and_follows_the_seed(case):
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(case.model.chat(case.tokenizer, "你好", max_new_tokens=12, temperature=2.0)[0])
+    torch.manual_seed(1)
+    *_, (streamed, _) = case.model.stream_chat(case.tokenizer, "你好", max_new_tokens=12, temperature=2.0)
+    assert drawn[0] == drawn[1] == streamed
+    assert drawn[0] != drawn[2]
