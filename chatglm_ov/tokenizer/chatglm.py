@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 from transformers import AddedToken
 from transformers.utils import PaddingStrategy
 
@@ -72,10 +73,11 @@ class ChatGLMTokenizer(PieceTokenizer):
         kwargs["clean_up_tokenization_spaces"] = clean_up_tokenization_spaces
         self._finish_init(saved, kwargs)
 
-    def _complete_model(self) -> bytes:
-        early = load_sentencepiece(self._model_bytes, self.vocab_file)
-        whole = early.piece_to_id("[gMASK]") != early.unk_id()
-        return self._model_bytes if whole else with_v1_special_pieces(self._model_bytes)
+    def _load_model(self) -> SentencePieceProcessor:
+        model = super()._load_model()
+        if model.piece_to_id("[gMASK]") != model.unk_id():
+            return model
+        return load_sentencepiece(with_v1_special_pieces(self._model_bytes), self.vocab_file)
 
     @property
     def gmask_token_id(self) -> int:

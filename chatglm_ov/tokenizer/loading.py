@@ -67,10 +67,10 @@ def _class(family: str) -> Any:
 def _load_fast(folder: Path, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
 
+    # Older transformers take the blanks before punctuation out of byte-level text unless told not to.
+    defaults = {"padding_side": "left", "clean_up_tokenization_spaces": False}
     try:
-        return PreTrainedTokenizerFast.from_pretrained(
-            str(folder), local_files_only=True, **{"padding_side": "left"} | kwargs
-        )
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **defaults | kwargs)
     except Exception as error:  # the library raises its own kinds, some of them plain Exception
         seen = f"one that cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         raise ChatGLMError(folder / FAST_FILE, "content", seen, "a tokenizer.json of the tokenizers library") from None

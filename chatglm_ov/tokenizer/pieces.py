@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sentencepiece import SentencePieceProcessor
+
 from chatglm_ov.tokenizer.base import GLMTokenizer
 from chatglm_ov.tokenizer.sentencepiece_model import load_sentencepiece
 from chatglm_ov.tokenizer.stream import SPACE, CleanUp, Decoder, PieceDecoder
@@ -14,11 +16,11 @@ class PieceTokenizer(GLMTokenizer):
     """`_encoder` is a SentencePieceProcessor, `_pieces` its pieces by id."""
 
     def _build_encoder(self) -> None:
-        self._encoder = load_sentencepiece(self._complete_model(), self.vocab_file)
+        self._encoder = self._load_model()
         self._pieces: list[str] = self._encoder.id_to_piece(list(range(self._encoder.vocab_size())))
 
-    def _complete_model(self) -> bytes:
-        return self._model_bytes
+    def _load_model(self) -> SentencePieceProcessor:
+        return load_sentencepiece(self._model_bytes, self.vocab_file)
 
     def _encode_pieces(self, text: str) -> list[str]:
         """Pieces of `text`; half a surrogate pair, which UTF-8 cannot hold, counts as U+FFFD."""

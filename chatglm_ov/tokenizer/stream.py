@@ -232,5 +232,6 @@ def _fast_decoders(tokenizer: Any, skip_special_tokens: bool) -> tuple[Callable[
         known = all(character in to_byte for character in text)
         return bytes(to_byte[character] for character in text) if known else text.encode()
 
-    clean = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+    # Whether byte-level text is cleaned up depends on the transformers version, besides the tokenizer's setting.
+    clean = tokenizer.decode(tokenizer.encode("a ,", add_special_tokens=False)) == "a,"
     return token, [ByteDecoder(""), *([CleanUp()] if clean else [])]

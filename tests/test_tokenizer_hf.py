@@ -1,0 +1,400 @@
+"""The tokenizers as Hugging Face tokenizers: tensors, padding, saving, pickling, added tokens, chat templates."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from tokenizer_cases import DATA, small_folder, tokenizer_of
+
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.tokenizer import load_tokenizer
+from chatglm_ov.tokenizer.sentencepiece_model import _varint
+
+FAMILIES = ("chatglm", "chatglm2", "chatglm3", "glm4")
+SENTENCES = ["你好，世界👋", "床前⟨新⟩ 光", "床前明月光", "def f(x):\n    return x\t# 1", "<|user|> [MASK] <eop>", ""]
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    small = {family: small_folder(tmp_path_factory.mktemp(family), family) for family in FAMILIES[1:3]}
+    return small | {"chatglm": DATA / "tokenizer_v1", "glm4": DATA / "tokenizer_glm4"}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folders):
+    return {family: load_tokenizer(folder) for family, folder in folders.items()}
+
+
+@families
+def test_outputs_of_a_call(tokenizers, family):
+    single = tokenizers[family]("床前明月光", return_tensors="pt")
+    length = single["input_ids"].shape[1]
+    assert single["input_ids"].dtype == torch.int64 and single["input_ids"].shape == (1, length)
+    if family == "chatglm":
+        assert set(single) == {"input_ids"}
+    else:
+        assert set(single) == {"input_ids", "attention_mask", "position_ids"}
+        assert single["attention_mask"].tolist() == [[1] * length]
+        assert single["position_ids"].tolist() == [list(range(length))]
+
+
+@families
+def test_padded_row_is_the_row_alone_and_padding(tokenizers, family):
+    tokenizer = tokenizers[family]
+    batch = tokenizer(["明", "床前明月光，疑是地上霜"], padding=True, return_tensors="pt")
+    for row, text in enumerate(["明", "床前明月光，疑是地上霜"]):
+        alone = tokenizer(text, padding=True, return_tensors="pt")
+        length = alone["input_ids"].shape[1]
+        assert batch["input_ids"][row, -length:].tolist() == alone["input_ids"][0].tolist()
+        assert set(batch["input_ids"][row, :-length].tolist()) <= {tokenizer.pad_token_id}
+        assert torch.equal(batch["position_ids"][row, ..., -length:], alone["position_ids"][0])
+        assert not batch["position_ids"][row, ..., :-length].any()
+        if family == "chatglm":
+            mask = batch["attention_mask"][row, 0]
+            assert torch.equal(mask[-length:, -length:], alone["attention_mask"][0, 0])
+            assert mask[:-length].all() and mask[:, :-length].all()
+        else:
+            assert batch["attention_mask"][row].sum() == length
+
+
+def test_v1_positions_and_mask():
+    """Context of 4 ids with [gMASK] at 3, `<sop>` at 4: blocked is what lies on the right and not in the context."""
+    tokenizer = tokenizer_of("v1")
+    ids = [*tokenizer.encode_ordinary("你好")[-1:] * 3, tokenizer.gmask_token_id, tokenizer.bos_token_id, 7, 8]
+    row = tokenizer.pad({"input_ids": [ids]}, padding=True, return_tensors="np")
+    assert row["attention_mask"].dtype == bool and row["attention_mask"].shape == (1, 1, 7, 7)
+    assert row["position_ids"].tolist() == [[[0, 1, 2, 3, 3, 3, 3], [0, 0, 0, 0, 1, 2, 3]]]
+    blocked = [[j > i and j >= 4 for j in range(7)] for i in range(7)]
+    assert row["attention_mask"][0, 0].tolist() == blocked
+    both = [tokenizer.mask_token_id, *ids]
+    assert tokenizer.pad({"input_ids": [both]}, padding=True)["position_ids"][0][0].tolist()[5:] == [0, 0, 0]
+
+
+@families
+def test_padding_to_a_length_and_to_a_multiple(tokenizers, family):
+    tokenizer = tokenizers[family]
+    ids = tokenizer("床前明月光")["input_ids"]
+    to_length = tokenizer("床前明月光", padding="max_length", max_length=40)
+    assert to_length["input_ids"] == [tokenizer.pad_token_id] * (40 - len(ids)) + ids
+    assert np.asarray(to_length["position_ids"]).shape[-1] == 40
+    assert np.asarray(to_length["attention_mask"]).shape[-1] == 40
+    multiple = tokenizer(["床前明月光", "明"], padding=True, pad_to_multiple_of=32, return_tensors="np")
+    assert multiple["input_ids"].shape == (2, 32) and multiple["position_ids"].shape[-1] == 32
+
+
+@families
+def test_padding_on_the_right_is_refused(tokenizers, folders, family):
+    with pytest.raises(ChatGLMError, match="padding_side is 'right', expected 'left'"):
+        load_tokenizer(folders[family], padding_side="right")
+    with pytest.raises(ChatGLMError, match="padding_side is 'right', expected 'left'"):
+        tokenizers[family](["a", "bcd"], padding=True, padding_side="right")
+
+
+@families
+def test_truncation_keeps_the_special_tokens(tokenizers, family):
+    tokenizer = tokenizers[family]
+    text = "床前明月光，疑是地上霜。举头望明月，低头思故乡。"
+    whole = tokenizer.encode(text, add_special_tokens=False)
+    cut = tokenizer(text, truncation=True, max_length=10)["input_ids"]
+    assert cut == tokenizer.build_inputs_with_special_tokens(whole[:8]) and len(cut) == 10
+
+
+def test_pairs(tokenizers):
+    for family, tokenizer in tokenizers.items():
+        first, second = (tokenizer.encode(text, add_special_tokens=False) for text in ("你好", "世界"))
+        marks = tokenizer.build_inputs_with_special_tokens([])
+        expected = [*first, *marks] if family == "chatglm" else [*marks, *first]
+        found = tokenizer("你好", "世界", return_special_tokens_mask=True)
+        assert found["input_ids"] == [*expected, *second, tokenizer.eos_token_id]
+        if family != "glm4":
+            assert found["special_tokens_mask"][-1] == 1 and sum(found["special_tokens_mask"]) == 3
+
+
+def reloaded(tokenizer, way, folder):
+    if way == "pickle":
+        return pickle.loads(pickle.dumps(tokenizer))
+    if way == "deepcopy":
+        return copy.deepcopy(tokenizer)
+    files = tokenizer.save_pretrained(folder)
+    assert all(
+        (folder / name).exists() for name in (tokenizer.vocab_files_names["vocab_file"], "tokenizer_config.json")
+    )
+    assert files
+    return load_tokenizer(folder) if way == "load_tokenizer" else type(tokenizer).from_pretrained(str(folder))
+
+
+@families
+@pytest.mark.parametrize("way", ["pickle", "deepcopy", "load_tokenizer", "from_pretrained"])
+def test_saved_and_loaded_again(folders, family, way, tmp_path):
+    tokenizer = load_tokenizer(folders[family])
+    assert tokenizer.add_tokens(["⟨新⟩"]) == 1
+    again = reloaded(tokenizer, way, tmp_path)
+    assert type(again) is type(tokenizer) and len(again) == len(tokenizer)
+    assert again.get_vocab() == tokenizer.get_vocab()
+    for text in SENTENCES:
+        ids = tokenizer(text)["input_ids"]
+        assert again(text)["input_ids"] == ids
+        assert again.decode(ids) == tokenizer.decode(ids)
+    message = [{"role": "user", "content": "床前明月光"}]
+    assert again.apply_chat_template(message, tokenize=False) == tokenizer.apply_chat_template(message, tokenize=False)
+    assert again.all_special_ids == tokenizer.all_special_ids
+
+
+@families
+def test_unpickled_without_the_file(folders, family, tmp_path):
+    shutil.copytree(folders[family], tmp_path / "folder")
+    data = pickle.dumps(load_tokenizer(tmp_path / "folder"))
+    shutil.rmtree(tmp_path / "folder")
+    again = pickle.loads(data)
+    assert again.decode(again.encode_ordinary("床前明月光")) == "床前明月光"
+    again.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").get_vocab() == again.get_vocab()
+
+
+@families
+def test_vocabulary_is_one_to_one(tokenizers, family):
+    tokenizer = tokenizers[family]
+    vocabulary = tokenizer.get_vocab()
+    assert sorted(vocabulary.values()) == list(range(len(tokenizer)))
+    ids = list(range(len(tokenizer)))
+    assert tokenizer.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(ids)) == ids
+
+
+@families
+def test_added_token_is_found_in_text_and_decoded(folders, family):
+    tokenizer = load_tokenizer(folders[family])
+    tokenizer.add_tokens(["⟨新⟩"])
+    index = tokenizer.convert_tokens_to_ids("⟨新⟩")
+    ids = tokenizer.encode("床前⟨新⟩", add_special_tokens=False)
+    assert ids[-1] == index == len(tokenizer) - 1
+    assert tokenizer.decode(ids).replace(" ", "") == "床前⟨新⟩"
+
+
+@pytest.mark.parametrize("family", ["chatglm2", "chatglm3"])
+def test_special_tokens_are_never_found_in_text(tokenizers, family):
+    tokenizer = tokenizers[family]
+    for name in [*tokenizer.SPECIAL_TOKENS, "<unk>", "</s>", "<s>"]:
+        assert tokenizer.encode(name, add_special_tokens=False) == tokenizer.encode_ordinary(name)
+        assert max(tokenizer.encode_ordinary(name)) < tokenizer.get_command("[MASK]")
+    with pytest.raises(ChatGLMError, match="get_command: token is 'user', expected"):
+        tokenizer.get_command("user")
+
+
+def test_role_tokens_when_asked_for(folders, tokenizers):
+    always = load_tokenizer(folders["chatglm3"], encode_special_tokens=True)
+    text = "<|user|>你好<|assistant|>"
+    expected = [always.get_command("<|user|>"), *always.encode_ordinary("你好"), always.get_command("<|assistant|>")]
+    assert always.encode(text, add_special_tokens=False) == expected
+    assert tokenizers["chatglm3"].encode(text, add_special_tokens=False) == always.encode_ordinary(text)
+    assert "gMASK" in always.decode(always.encode("[gMASK]", add_special_tokens=False))
+
+
+@families
+def test_decode_refuses_what_is_no_id(tokenizers, family):
+    tokenizer = tokenizers[family]
+    last = f"expected 0 to {len(tokenizer) - 1}"
+    for wrong, told in (
+        ([5, -1], f"token id is -1 at index 1, {last}"),
+        ([10**6], f"token id is 1000000 at index 0, {last}"),
+        (-3, f"token id is -3 at index 0, {last}"),
+        ("abc", "token_ids is of type str, expected a list of integers"),
+        ([1.5], "token_ids is of type list, expected a list of integers"),
+        ([None], "token_ids is of type list, expected a list of integers"),
+    ):
+        with pytest.raises(ChatGLMError) as error:
+            tokenizer.decode(wrong)
+        assert str(error.value) == f"{type(tokenizer).__name__}.decode: {told}"
+
+
+@families
+def test_decode_takes_every_kind_of_sequence(tokenizers, family):
+    tokenizer = tokenizers[family]
+    ids = tokenizer.encode_ordinary("床前明月光")
+    for kind in (tuple(ids), np.array(ids), torch.tensor(ids), np.array(ids, np.int32)):
+        assert tokenizer.decode(kind) == "床前明月光"
+    assert tokenizer.decode([]) == ""
+    assert tokenizer.batch_decode([ids, ids[:-1]]) == [tokenizer.decode(ids), tokenizer.decode(ids[:-1])]
+    assert tokenizer.batch_decode(torch.tensor([ids, ids])) == ["床前明月光"] * 2
+
+
+@families
+def test_padding_rows_of_an_embedding_have_no_text(tokenizers, family):
+    tokenizer = tokenizers[family]
+    ids = tokenizer.encode_ordinary("床前")
+    assert tokenizer.decode([*ids, len(tokenizer), *tokenizer.encode_ordinary("x")][: len(ids) + 1]) == "床前"
+
+
+@families
+@pytest.mark.parametrize("text", ["a\ud800b", "\udfff", "\x00", "\ufffd", "\u2028 \u3000\x85"])
+def test_odd_characters(tokenizers, family, text):
+    tokenizer = tokenizers[family]
+    decoded = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
+    if family != "chatglm":  # v1 normalizes
+        assert decoded == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def test_glm4_specials_without_blanks():
+    tokenizer = tokenizer_of("glm4")
+    ids = tokenizer("<|user|>好")["input_ids"]
+    assert tokenizer.decode(ids) == "[gMASK] <sop> <|user|> 好"
+    assert tokenizer.decode(ids, spaces_between_special_tokens=False) == "[gMASK]<sop><|user|>好"
+
+
+def test_v1_options(folders):
+    tokenizer = load_tokenizer(folders["chatglm"], do_lower_case=True, remove_space=True)
+    plain = load_tokenizer(folders["chatglm"])
+    assert tokenizer.encode("  The  END ") == plain.encode("the end")
+    assert (
+        load_tokenizer(folders["chatglm"], clean_up_tokenization_spaces=False).decode(plain.encode_ordinary("a , b"))
+        == "a , b"
+    )
+    assert plain.decode(plain.encode_ordinary("a , b")) == "a, b"
+
+
+# ---- early ChatGLM-6B
+
+
+def without_special_pieces(data: bytes) -> bytes:
+    """The model as it was in March 2023: the last 344 pieces were added at run time."""
+    records, position = [], 0
+    while position < len(data):
+        tag, start = _varint(data, position)
+        length, start = _varint(data, start)
+        records.append((tag >> 3, data[position : start + length]))
+        position = start + length
+    pieces = [record for field, record in records if field == 1]
+    others = b"".join(record for field, record in records if field != 1)
+    fallback = bytes([0x98, 0x02, 1])  # TrainerSpec.byte_fallback = true, which needs the byte pieces
+    assert others.count(fallback) == 1
+    return b"".join(pieces[:-344]) + others.replace(fallback, fallback[:2] + b"\0")
+
+
+@pytest.mark.parametrize("name", ["v1", "v1_real"])
+def test_early_vocabulary(name, tmp_path):
+    """20000 image tokens before the text vocabulary, special pieces that the file lacks, `</s>` called eos_token."""
+    late = tokenizer_of(name)
+    whole = late._model_bytes
+    (tmp_path / "ice_text.model").write_bytes(without_special_pieces(whole))
+    config = {"bos_token": "<sop>", "eos_token": "</s>", "eop_token": "<eop>", "gmask_token": "[gMASK]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    early = load_tokenizer(tmp_path)
+    assert early.vocab_size == late.vocab_size + 20000
+    assert [early.bos_token_id, early.eos_token_id, early.gmask_token_id, early.mask_token_id, early.pad_token_id] == [
+        20000 + index
+        for index in (late.bos_token_id, late.eos_token_id, late.gmask_token_id, late.mask_token_id, late.pad_token_id)
+    ]
+    for text in [*SENTENCES, "a  b" + " " * 81 + "c 龘𠮷\u3000é", "hello\r\n[MASK] x <sop> y"]:
+        ids = late(text)["input_ids"]
+        assert early(text)["input_ids"] == [index + 20000 for index in ids]
+        if name == "v1_real":  # the small model has its special pieces as ordinary ones, with text
+            assert early.decode([index + 20000 for index in ids]) == late.decode(ids)
+    assert early.convert_tokens_to_ids("<image_7>") == 7 and early.convert_ids_to_tokens(7) == "<image_7>"
+    early.save_pretrained(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again")(SENTENCES[0]) == early(SENTENCES[0])
+
+
+def test_early_special_ids_of_the_real_vocabulary(tmp_path):
+    shutil.copytree(tokenizer_of("v1_real").vocab_file.rsplit("/", 1)[0], tmp_path, dirs_exist_ok=True)
+    early = load_tokenizer(tmp_path, num_image_tokens=20000)
+    assert early("你好")["input_ids"] == [20005, 94874, 150001, 150004]
+    assert (early.eos_token_id, early.mask_token_id, early.pad_token_id, len(early)) == (150005, 150000, 20003, 150344)
+
+
+@pytest.mark.parametrize(
+    ("config", "count"), [({}, 20000), ({"vocab_size": 150528}, 20000), ({"vocab_size": 130528}, 0)]
+)
+def test_number_of_image_tokens_from_the_model_config(config, count, tmp_path):
+    shutil.copy(DATA / "tokenizer_v1" / "ice_text.model", tmp_path)
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_tokenizer(tmp_path).num_image_tokens == count
+
+
+# ---- chat templates
+
+
+@families
+def test_what_a_chat_template_returns(tokenizers, family):
+    tokenizer = tokenizers[family]
+    short, long = ([{"role": "user", "content": "床前明月光。" * count}] for count in (1, 3))
+    template = {"add_generation_prompt": True}
+    ids = tokenizer.apply_chat_template(long, return_dict=False, **template)
+    assert isinstance(ids, list) and isinstance(ids[0], int)
+    tensor = tokenizer.apply_chat_template(long, return_dict=False, return_tensors="pt", **template)
+    assert tensor.tolist() == [ids]
+    encoded = tokenizer.apply_chat_template(long, return_dict=True, return_tensors="pt", **template)
+    assert encoded["input_ids"].tolist() == [ids]
+    assert ("attention_mask" in encoded) == (family != "chatglm")
+    both = tokenizer.apply_chat_template([short, long], return_dict=False, **template)
+    assert both[1] == ids and len(both[0]) < len(ids)
+    padded = tokenizer.apply_chat_template(
+        [short, long], padding=True, return_dict=True, return_tensors="pt", **template
+    )
+    missing = len(ids) - len(both[0])
+    assert padded["input_ids"].tolist() == [[tokenizer.pad_token_id] * missing + both[0], ids]
+    assert padded["position_ids"][0, ..., :missing].sum() == 0
+    cut = tokenizer.apply_chat_template(long, return_dict=False, truncation=True, max_length=4, **template)
+    assert cut == ids[:4]
+
+
+@pytest.mark.parametrize("family", ["chatglm3", "glm4"])
+def test_generation_prompt_is_optional(tokenizers, family):
+    tokenizer, message = tokenizers[family], [{"role": "user", "content": "明"}]
+    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.apply_chat_template(message, return_dict=False) == ids[:-1]
+    assert ids[-1] == tokenizer.convert_tokens_to_ids("<|assistant|>")
+
+
+def test_chatglm3_methods_of_the_original(tokenizers):
+    tokenizer = tokenizers["chatglm3"]
+    history = [{"role": "user", "content": "a"}, {"role": "assistant", "metadata": "", "content": "b"}]
+    built = tokenizer.build_chat_input("q", history)
+    messages = [*history, {"role": "user", "content": "q"}]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert built["input_ids"].tolist() == [expected]
+    single = [index for m in messages for index in tokenizer.build_single_message(m["role"], "", m["content"])]
+    assert expected == [*tokenizer.get_prefix_tokens(), *single, tokenizer.get_command("<|assistant|>")]
+
+
+def test_chatglm2_prompt_of_the_original(tokenizers):
+    prompt = tokenizers["chatglm2"].build_prompt("q", [("a", "b")])
+    assert prompt == "[Round 1]\n\n问：a\n\n答：b\n\n[Round 2]\n\n问：q\n\n答："
+
+
+@families
+def test_arguments_that_a_fixed_format_cannot_take(tokenizers, family):
+    message = [{"role": "user", "content": "q"}]
+    for name, value in {"chat_template": "x", "documents": [{}], "continue_final_message": True}.items():
+        with pytest.raises(ChatGLMError, match=f"apply_chat_template: {name} is of type"):
+            tokenizers[family].apply_chat_template(message, **{name: value})
+    with pytest.raises(ChatGLMError, match="conversation is of type list, expected a list of messages, not empty"):
+        tokenizers[family].apply_chat_template([])
+
+
+# ---- long texts
+
+
+@families
+@pytest.mark.parametrize("unit", ["床前明月光，疑是地上霜。", "月", " ", "a b\n\t", "<eop>", "🌙", "[["])
+def test_time_grows_with_the_length_and_not_with_its_square(tokenizers, family, unit):
+    """128k characters: sixteen times the text may take 64 times as long, not 256 times (three tries)."""
+
+    def seconds(length: int) -> float:
+        text = (unit * length)[:length]
+        start = time.perf_counter()
+        ids = tokenizers[family](text)["input_ids"]
+        tokenizers[family].decode(ids, skip_special_tokens=True)
+        return time.perf_counter() - start
+
+    seconds(8_000)
+    short = min(seconds(8_000) for _ in range(3))
+    assert any(seconds(128_000) < 64 * max(short, 0.003) for _ in range(3))
