@@ -1,0 +1,63 @@
+"""What conversion and loading cost in anonymous memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import pytest
+from golden_cases import V2
+
+from chatglm_ov.config import parse_config
+from chatglm_ov.models import architecture
+from chatglm_ov.presets import config_json
+from chatglm_ov.weights.store import BLOCK_BYTES
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+
+FORMATS = ("bf16", "int8", "int4")
+SIZES = {"hidden_size": 2048, "num_attention_heads": 16, "ffn_hidden_size": 6144, "padded_vocab_size": 32768}
+
+
+def write_sparse_checkpoint(folder: Path) -> int:
+    """A 363 MB checkpoint of zeros that takes no room on disk. Returns the bytes of its largest tensor as float32."""
+    fields = config_json("chatglm3-6b", num_layers=1, seq_length=512, **SIZES)
+    config, header, end = parse_config(fields), {}, 0
+    for name, shape in architecture(config).weight_shapes(config).items():
+        begin, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields))
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return 4 * max(prod(entry["shape"]) for entry in header.values())
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    tmp = tmp_path_factory.mktemp("memory")
+    # Encoded in one piece it would take four times this, far above the bound below.
+    assert write_sparse_checkpoint(tmp / "checkpoint") >= 4 * BLOCK_BYTES
+    script = Path(__file__).parent / "memory_growth.py"
+    command = [sys.executable, script, tmp / "checkpoint", V2.checkpoint, tmp, *FORMATS]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_conversion_holds_a_few_blocks(name, measured):
+    """In float32: the block, its quotient by the scale, that rounded, that with the zero point; as bytes, which is
+    less than another block: the mask of finite values, and the levels of this block and of the last one."""
+    assert measured[name]["convert"] < 5 * BLOCK_BYTES
+
+
+@pytest.mark.parametrize("precision", ["f32", None])
+@pytest.mark.parametrize("name", FORMATS)
+def test_loaded_weights_stay_compressed(name, precision, measured):
+    """The plugin packs each linear weight once, at its stored size; the embedding stays in the mapped file. Had it
+    expanded them, they would take 2 to 8 times as much, and the table too."""
+    assert measured[name][f"load {precision}"] < measured[name]["bin"]
