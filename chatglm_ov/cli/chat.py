@@ -95,15 +95,18 @@ class Conversation:
 
     def _answer(self, query: str) -> None:
         """A stopped answer stays in the history as far as it came; an error leaves the history as it was."""
-        from chatglm_ov.cli.answer import as_text, stream
+        from transformers import StoppingCriteriaList
+
+        from chatglm_ov.cli.answer import DEFAULT_NEW_TOKENS, as_text
         from chatglm_ov.cli.printing import TextPrinter
         from chatglm_ov.generation.timing import Stopwatch
 
         watch, printer, text = Stopwatch(), TextPrinter(), ""
+        options = {"max_new_tokens": DEFAULT_NEW_TOKENS, **self._options}
+        options["stopping_criteria"] = StoppingCriteriaList([watch])
         try:
-            pieces = stream(self._model, self._tokenizer, query, self._history, watch, **self._options)
-            with closing(pieces):  # type: ignore[type-var]
-                for response, self._history in pieces:
+            with closing(self._model.stream_chat(self._tokenizer, query, self._history, **options)) as answers:
+                for response, self._history in answers:
                     text = as_text(response)
                     printer.show(text)
             printer.finish(text)

@@ -22,7 +22,7 @@ def open_original(checkpoint: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     Raises ChatGLMError without `trust_remote_code`, for a folder without code, and where the code fails.
     """
     if not trust_remote_code:
-        raise ChatGLMError(checkpoint, "--trust-remote-code", "not given", "it: --use=torch runs the checkpoint's code")
+        raise ChatGLMError(checkpoint, "--trust-remote-code", "missing", "given: the checkpoint's own code is run")
     if "auto_map" not in read_config_json(checkpoint):
         raise ChatGLMError(checkpoint / "config.json", "auto_map", "missing", "the names of the checkpoint's classes")
     transformers.logging.set_verbosity_error()

@@ -15,7 +15,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_column(title, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    _console().print(table)
+    _Console().print(table)
 
 
 def print_fields(fields: Iterable[tuple[str, str]]) -> None:
@@ -25,10 +25,17 @@ def print_fields(fields: Iterable[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in fields:
         table.add_row(name, value)
-    _console().print(table)
+    _Console().print(table)
 
 
-def _console() -> Console:
+class _Console(Console):
     """Lines are broken for terminals only, not for files and pipes."""
-    console = Console(markup=False, highlight=False)
-    return console if console.is_terminal else Console(markup=False, highlight=False, width=1000)
+
+    def __init__(self) -> None:
+        super().__init__(markup=False, highlight=False)
+        if not self.is_terminal:
+            self.width = 1000
+
+    def on_broken_pipe(self) -> None:
+        """Left to the program, as for any other output."""
+        raise

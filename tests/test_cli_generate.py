@@ -1,0 +1,177 @@
+"""`chatglm-ov generate`: the original's answers, streamed or not, and what it refuses."""
+
+# ruff: noqa: F811 (fixtures are imported)
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import DATA, PROGRAM, Run, checkpoint, converted, finish, make_checkpoint, run, spawn  # noqa: F401
+from transformers import set_seed
+
+from chatglm_ov import OVChatGLMForCausalLM, convert, load_tokenizer
+from chatglm_ov.cli.answer import complete
+from chatglm_ov.presets import config_json
+
+EXACT = ("--weight-format", "f32", "--inference-precision", "f32")
+STATS = re.compile(r"^\[(\d+) tokens, first token [\d.]+ ms(, next tokens [\d.]+ ms each)?, [\d.]+ tokens/s\]$")
+
+
+@pytest.fixture(scope="module")
+def chats() -> list[dict[str, Any]]:
+    """What the original answered to whole conversations."""
+    return json.loads((DATA / "golden" / "glm4" / "glm4_chat" / "chat.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def model(converted: Path) -> OVChatGLMForCausalLM:
+    return OVChatGLMForCausalLM.from_pretrained(converted, "f32", "f32")
+
+
+@pytest.mark.parametrize("options", [[], ["--no-stream"]])
+def test_answers_as_the_original(converted: Path, run: Run, chats: list, options: list[str]) -> None:
+    [asked] = chats[0]["messages"]
+    done = run("generate", converted, "--prompt", asked["content"], "--max-new-tokens", 24, *EXACT, *options)
+    assert done.code == 0
+    assert done.out == chats[0]["decode_generated"] + "\n"
+    assert STATS.match(done.err)[1] == "24"
+
+
+def test_raw_prompts_one_by_one(converted: Path, run: Run, model: OVChatGLMForCausalLM) -> None:
+    prompts = ["床前明月光", "Write a function."]
+    done = run("generate", converted, "--prompt", *prompts, "--raw", "--max-new-tokens", 16, *EXACT)
+    tokenizer = load_tokenizer(converted)
+    expected = []
+    for prompt in prompts:
+        inputs = tokenizer([prompt], return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        expected.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    assert done.out == "".join(text + "\n" for text in expected)
+    assert len([line for line in done.err.splitlines() if STATS.match(line)]) == 2
+
+
+def test_beams(converted: Path, run: Run, model: OVChatGLMForCausalLM) -> None:
+    arguments = ("--prompt", "你好", "--max-new-tokens", 12, "--num-beams", 3, "--repetition-penalty", 1.3)
+    done = run("generate", converted, *arguments, *EXACT)
+    options = {"do_sample": False, "max_new_tokens": 12, "num_beams": 3, "repetition_penalty": 1.3}
+    response, _ = model.chat(load_tokenizer(converted), "你好", history=[], **options)
+    assert done.out.strip() == (response if isinstance(response, str) else "\n".join(response.values())).strip()
+
+
+def test_a_seed_makes_sampling_repeatable(converted: Path, run: Run, model: OVChatGLMForCausalLM) -> None:
+    drawing = ("--raw", "--prompt", "你好", "--max-new-tokens", 16, "--do-sample", "--temperature", 1.5, *EXACT)
+    texts = [run("generate", converted, *drawing, "--seed", seed).out for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    tokenizer = load_tokenizer(converted)
+    inputs = tokenizer(["你好"], return_tensors="pt")
+    set_seed(1)
+    ids = model.generate(**inputs, do_sample=True, temperature=1.5, max_new_tokens=16)
+    assert texts[0] == tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) + "\n"
+
+
+def test_top_k_of_one_is_greedy(converted: Path, run: Run) -> None:
+    asked = ("generate", converted, "--prompt", "你好", "--max-new-tokens", 12, *EXACT)
+    assert run(*asked, "--do-sample", "--top-k", 1).out == run(*asked).out
+
+
+def test_default_length_ends_with_the_positions(tmp_path: Path, run: Run) -> None:
+    """A model with 32 positions: 512 tokens are the default where there is room, and no error here."""
+    short = tiny(tmp_path, seq_length=32)
+    for raw in ([], ["--raw"]):
+        done = run("generate", short, "--prompt", "你好", *raw)
+        assert done.code == 0, done.err
+        assert 20 < int(STATS.match(done.err)[1]) < 32
+
+
+def tiny(folder: Path, **fields: object) -> Path:
+    """A converted random model of the GLM-4 kind with the small GLM-4 tokenizer, which never ends an answer."""
+    sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "kv_channels": 16, "ffn_hidden_size": 32}
+    sizes |= {"padded_vocab_size": 1536, "eos_token_id": 1535, "pad_token_id": 1500}
+    make_checkpoint(folder / "tiny", config_json("glm-4-9b-chat", **{**sizes, **fields}))
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(DATA / "tokenizer_glm4" / name, folder / "tiny" / name)
+    return convert(folder / "tiny", folder / "tiny-ov", ["bf16"], progress=False)
+
+
+# Refused
+
+
+def test_positions_beyond_the_table(tmp_path: Path, run: Run) -> None:
+    short = tiny(tmp_path, seq_length=32)
+    told = run("generate", short, "--prompt", "好" * 100).error
+    assert re.search(r"prompt is 1\d\d tokens long, expected fewer than 32", told)
+    told = run("generate", short, "--prompt", "你好", "--raw", "--max-new-tokens", 100).error
+    assert "position" in told and "seq_length 32" in told
+
+
+def test_ids_out_of_the_vocabulary(tmp_path: Path, run: Run) -> None:
+    told = run("generate", tiny(tmp_path, padded_vocab_size=1024, eos_token_id=1023), "--prompt", "你好").error
+    assert re.search(r"input_ids is a token id 15\d\d, expected 0 to 1023", told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--prompt", ""], "--prompt: text is empty, expected at least one character"),
+        (["--prompt", "你好", " \n"], "--prompt: text is empty"),
+        (["--prompt", "\udcff"], "--prompt: text is not in the terminal's encoding"),
+        ([], "the following arguments are required: --prompt"),
+        (["--prompt", "你好", "--weight-format", "int4"], "weight_format is 'int4', expected one of"),
+        (["--prompt", "你好", "--inference-precision", "f8"], "invalid choice: 'f8'"),
+        (["--prompt", "你好", "--temperature", "0.5"], "--temperature: value is 0.5, expected --do-sample with it"),
+        (["--prompt", "你好", "--do-sample", "--temperature", "0"], "argument --temperature: invalid"),
+        (["--prompt", "你好", "--do-sample", "--top-p", "1.5"], "argument --top-p: invalid"),
+        (["--prompt", "你好", "--do-sample", "--num-beams", "2"], "--num-beams: value is 2, expected 1"),
+        (["--prompt", "你好", "--max-new-tokens", "0"], "argument --max-new-tokens: invalid"),
+        (["--prompt", "你好", "--seed", "nan"], "argument --seed: invalid"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], told: str, converted: Path, run: Run) -> None:
+    assert told in run("generate", converted, *arguments).error
+
+
+def test_a_checkpoint_that_is_not_converted(checkpoint: Path, run: Run) -> None:
+    assert str(checkpoint) in run("generate", checkpoint, "--prompt", "你好").error
+
+
+def test_a_folder_without_tokenizer(converted: Path, tmp_path: Path, run: Run) -> None:
+    folder = Path(shutil.copytree(converted, tmp_path / "bare"))
+    (folder / "tokenizer.model").unlink()
+    assert "tokenizer file is missing" in run("generate", folder, "--prompt", "你好").error
+
+
+# As a program of its own
+
+
+def test_a_terminal_that_knows_no_chinese(converted: Path, run: Run) -> None:
+    asked = ("generate", converted, "--prompt", "你好", "--raw", "--max-new-tokens", 8, *EXACT)
+    done = finish(spawn(*PROGRAM, *asked, env={"PYTHONIOENCODING": "ascii"}))
+    text = run(*asked).out
+    assert done.code == 0 and not text.isascii()
+    assert done.out == text.encode("ascii", "replace").decode()
+
+
+def test_a_reader_that_goes_away(converted: Path) -> None:
+    process = spawn(*PROGRAM, "generate", converted, "--prompt", "你好", "--raw", "--max-new-tokens", 4000)
+    assert process.stdout.read(1)
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(60) == 141
+    assert error == ""
+
+
+def test_text_is_shown_as_it_comes(converted: Path) -> None:
+    """Every piece of text is shown as soon as its last token is there."""
+    model, tokenizer = OVChatGLMForCausalLM.from_pretrained(converted, "f32", "f32"), load_tokenizer(converted)
+    shown: list[str] = []
+    answer = complete(model, tokenizer, "你好", shown.append, do_sample=False, max_new_tokens=24)
+    assert shown[-1] == answer.text
+    assert len(set(shown)) > 12
+    assert all(later.startswith(earlier) for earlier, later in pairwise(shown))
+    assert answer.timing.tokens == 24

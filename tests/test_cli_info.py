@@ -1,0 +1,144 @@
+"""`chatglm-ov info`: figures of a folder that can be checked by hand, and of this machine."""
+
+# ruff: noqa: F811 (fixtures are imported)
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+from command_line import Run, checkpoint, converted, run  # noqa: F401
+
+from chatglm_ov.cli.folder import released_models
+from chatglm_ov.cli.machine import cpu_flags, isa_of, isa_of_kernel
+from chatglm_ov.config import parse_config
+from chatglm_ov.presets import PRESETS, config_json
+
+# The golden model: hidden 64, 4 heads of 16 in 2 groups, feed-forward 172, vocabulary 1536, 2 layers.
+LAYER = 64 + (64 + 1) * 128 + 64 * 64 + 64 + 64 * 344 + 172 * 64
+PARAMETERS = 2 * 1536 * 64 + 64 + 2 * LAYER
+
+
+def reported(run: Run, *arguments: object) -> dict[str, Any]:
+    done = run("info", *arguments, "--json")
+    assert done.code == 0 and done.err == ""
+    return json.loads(done.out)
+
+
+def test_checkpoint(checkpoint: Path, run: Run) -> None:
+    found = reported(run, checkpoint)["folder"]
+    assert found["kind"] == "checkpoint"
+    assert found["parameters"] == PARAMETERS
+    assert found["weight_files"] == 3
+    # And the 4 rotary frequencies, which the model does not read.
+    assert found["stored"] == {"float16": 2 * (PARAMETERS + 4)}
+    assert found["tokenizer"] == {"family": "glm4", "file": "tokenizer.model"}
+    # Keys and values of 2 layers, 2 groups of 16 elements.
+    assert found["kv_cache_bytes_per_token"] == {"bf16": 256, "f32": 512}
+    assert found["max_positions"] == 4096
+    assert found["shape_of"] == []
+
+
+def test_sizes_told_are_the_sizes_written(checkpoint: Path, converted: Path, run: Run) -> None:
+    """Up to the padding between constants and the small ones of the graph."""
+    told = reported(run, checkpoint)["folder"]["sizes"]
+    for name in ("f32", "bf16", "int8"):
+        written = (converted / name / "openvino_model.bin").stat().st_size
+        assert told[name] <= written < told[name] + 12_000
+    assert told["int4"] < told["int8"] < told["bf16"] < told["f32"]
+
+
+def test_converted(converted: Path, run: Run) -> None:
+    found = reported(run, converted)["folder"]
+    assert found["kind"] == "converted"
+    assert found["parameters"] == PARAMETERS
+    assert sorted(found["weight_formats"]) == ["bf16", "f32", "int8"]
+    for name, ir in found["weight_formats"].items():
+        assert ir["bytes"] == sum(file.stat().st_size for file in (converted / name).iterdir())
+        assert ir["ops"] == "stock"
+        assert ir["state_variables"] == 2 * 2
+        assert ir["node_types"]["ScaledDotProductAttention"] == 2
+        # qkv, dense and two of the feed-forward part a layer, and the head.
+        assert ir["node_types"]["MatMul"] == 2 * 4 + 1
+        assert ir["nodes"] == sum(ir["node_types"].values())
+    assert found["default"]["weight_format"] == "int8"
+    assert found["default"]["kv_cache_type"] == "bf16"
+
+
+def test_people_read_the_same(checkpoint: Path, converted: Path, run: Run) -> None:
+    for folder in (checkpoint, converted):
+        out = run("info", folder).out
+        for text in (str(folder), "GLM-4", f"{PARAMETERS:,}", "4 query heads, 2 key/value heads of 16", "256 bytes"):
+            assert text in out
+        assert ov.get_version() in out
+    assert "as int4" in run("info", checkpoint).out
+    assert "stock ops" in run("info", converted).out
+
+
+def test_machine_alone(run: Run) -> None:
+    found = reported(run)
+    assert list(found) == ["machine"]
+    machine = found["machine"]
+    assert machine["openvino"] == ov.get_version()
+    assert 1 <= machine["default"]["threads"] <= machine["usable_processors"]
+    assert machine["f32"]["inference_precision"] == "f32"
+    assert machine["memory_available_bytes"] < machine["memory_bytes"]
+    assert machine["cpu"] in run("info").out
+
+
+def test_instruction_sets_agree_with_numpy(run: Run) -> None:
+    """numpy asks the processor itself."""
+    isa = reported(run)["machine"]["isa"]
+    if isa is None:
+        pytest.skip("this system has no /proc/cpuinfo")
+    features = np._core._multiarray_umath.__cpu_features__
+    assert isa["AVX2"] == (features["AVX2"] and features["FMA3"])
+    assert isa["AVX-512"] == features["AVX512_SKX"]
+    assert isa["AVX-512 VNNI"] == features.get("AVX512VNNI", features["AVX512_CLX"])
+
+
+def test_instruction_sets_of_other_processors(tmp_path: Path) -> None:
+    sapphire_rapids = "fma avx2 avx512f avx512dq avx512bw avx512vl avx512_vnni avx512_bf16 amx_bf16 amx_tile amx_int8"
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nmodel name\t: X\nflags\t\t: {sapphire_rapids}\nflags\t\t: sse\n")
+    assert all(isa_of(cpu_flags(cpuinfo)).values())
+    assert isa_of(["avx2", "fma", "amx_bf16"]) == {"AVX2": True} | dict.fromkeys(list(isa_of([]))[1:], False)
+    cpuinfo.write_text("processor\t: 0\nFeatures\t: asimd\n")
+    assert cpu_flags(cpuinfo) is None
+    assert cpu_flags(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "isa"),
+    [
+        ("brgemm_avx512_amx", "AMX"),
+        ("brgemm_avx512_bf16", "AVX-512 BF16"),
+        ("brgemm_avx512_f32", "AVX-512"),
+        ("jit_avx2_f32", "AVX2"),
+        ("ref_any_f32", "ref_any_f32"),
+    ],
+)
+def test_instruction_set_of_a_kernel(kernel: str, isa: str) -> None:
+    assert isa_of_kernel(kernel) == isa
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_released_model_is_recognised(name: str) -> None:
+    assert name in released_models(parse_config(config_json(name)))
+
+
+def test_models_of_different_shapes_are_not_confused() -> None:
+    assert released_models(parse_config(config_json("chatglm2-6b"))) == ["chatglm2-6b"]
+    assert released_models(parse_config(config_json("chatglm3-6b", num_layers=27))) == []
+
+
+def test_folders_that_are_neither(tmp_path: Path, run: Run) -> None:
+    assert (
+        run("info", tmp_path / "none").error
+        == f"{tmp_path / 'none'}: folder is missing, expected a folder with config.json"
+    )
+    assert "config.json is missing" in run("info", tmp_path).error
