@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         convert_with_report(CHECKPOINT, output, DEFAULT_FORMATS, overwrite=arguments.overwrite)
         wrong = [name for name in DEFAULT_FORMATS if not recites(output, name)]
     if wrong:
-        print(f"The poem is not what the model answered in {' and '.join(wrong)}.", file=sys.stderr)
+        print(f"chatglm-ov: error: {' and '.join(wrong)} did not answer with the poem {POEM}", file=sys.stderr)
         return 1
     if arguments.output is not None:
         print(f"Go on with it: chatglm-ov chat {arguments.output}")
@@ -53,7 +53,7 @@ def recites(folder: Path, weight_format: str) -> bool:
     model, tokenizer = open_model(folder, weight_format, None)
     right = True
     for query, expected in EXPECTED.items():
-        print(f"\n{weight_format} < {query}\n{weight_format} > ", end="")
+        print(f"\n{weight_format}> {query}")
         printer = TextPrinter()
         answer = ask(model, tokenizer, query, printer.show, do_sample=False)
         printer.finish(answer.text)

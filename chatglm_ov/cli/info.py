@@ -12,6 +12,7 @@ from chatglm_ov.sizes import size
 
 SUMMARY = "describe a checkpoint or converted folder, and this machine"
 FAMILIES = {"chatglm": "ChatGLM", "chatglm2": "ChatGLM2", "chatglm3": "ChatGLM3", "glm4": "GLM-4"}
+WORKING_NODES = ("MatMul", "ScaledDotProductAttention")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +72,8 @@ def _cache_line(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _checkpoint_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     stored = ", ".join(f"{size(nbytes)} {name}" for name, nbytes in found["stored"].items())
-    yield "stored", f"{stored}; {found['weight_files']} files"
+    count = found["weight_files"]
+    yield "stored", f"{stored}, in {count} file{'s' if count > 1 else ''}"
     for name, nbytes in found["sizes"].items():
         yield f"as {name}", size(nbytes)
 
@@ -79,7 +81,10 @@ def _checkpoint_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _converted_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, ir in found["weight_formats"].items():
         states = f"{ir['state_variables']} states"
-        yield name, f"{size(ir['bytes'])}, {ir['ops']} ops, {ir['nodes']} nodes, {states}: {_most(ir['node_types'])}"
+        yield (
+            name,
+            f"{size(ir['bytes'])}, {ir['ops']} ops, {states}, {ir['nodes']} nodes with {_work(ir['node_types'])}",
+        )
     default = found["default"]
     yield (
         "runs with",
@@ -88,9 +93,9 @@ def _converted_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     )
 
 
-def _most(node_types: dict[str, int], count: int = 8) -> str:
-    named = [f"{name} {number}" for name, number in node_types.items()]
-    return ", ".join(named[:count] + (["..."] if len(named) > count else []))
+def _work(node_types: dict[str, int]) -> str:
+    """The nodes that do the work of a model; all others are in the JSON."""
+    return ", ".join(f"{node_types[name]} {name}" for name in WORKING_NODES if name in node_types)
 
 
 def _machine_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
