@@ -68,12 +68,13 @@ def load_model(
         raise ChatGLMError(folder, "weight_format", repr(weight_format), f"one of {weight_formats(folder)}")
     if inference_precision not in (None, *PRECISIONS):
         raise ChatGLMError("load_model", "inference_precision", repr(inference_precision), f"one of {PRECISIONS}")
-    model = _read(path)
+    model = read_ir(path)
     settings = {**_precision_properties(inference_precision, device), **(properties or {})}
     return CompiledModel(config, weight_format, model, _compile(model, device, settings))
 
 
-def _read(path: Path) -> ov.Model:
+def read_ir(path: Path) -> ov.Model:
+    """The graph in `path`, an openvino_model.xml, over its mapped weights. Raises ChatGLMError if it is damaged."""
     weights = path.with_suffix(".bin")
     if not weights.exists():
         raise ChatGLMError(weights, "file", "missing", "the weights beside the IR")
