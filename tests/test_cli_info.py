@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 import pytest
-from command_line import Run, checkpoint, converted, run  # noqa: F401
+from command_line import Run, checkpoint, converted, copy_of, run  # noqa: F401
 
 from chatglm_ov.cli.folder import released_models
 from chatglm_ov.cli.machine import cpu_flags, isa_of, isa_of_kernel
@@ -142,3 +144,20 @@ def test_folders_that_are_neither(tmp_path: Path, run: Run) -> None:
         == f"{tmp_path / 'none'}: folder is missing, expected a folder with config.json"
     )
     assert "config.json is missing" in run("info", tmp_path).error
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (Path.unlink, "openvino_model.bin: file is missing"),
+        (lambda weights: os.truncate(weights, 1000), "openvino_model.xml: IR is unreadable"),
+        (lambda weights: os.truncate(weights.with_suffix(".xml"), 10_000), "openvino_model.xml: IR is unreadable"),
+    ],
+)
+@pytest.mark.parametrize("weight_format", ["int8", "f32"])
+def test_damaged_weights(
+    weight_format: str, damage: Callable[[Path], object], told: str, converted: Path, tmp_path: Path, run: Run
+) -> None:
+    folder = copy_of(converted, tmp_path / "damaged")
+    damage(folder / weight_format / "openvino_model.bin")
+    assert told in run("info", folder).error

@@ -12,7 +12,7 @@ from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.conversion import make_plan
 from chatglm_ov.models import architecture
 from chatglm_ov.presets import PRESETS, config_json
-from chatglm_ov.runtime import core, default_weight_format, load_model, weight_formats
+from chatglm_ov.runtime import default_weight_format, load_model, read_ir, weight_formats
 from chatglm_ov.tokenizer import detect_family
 from chatglm_ov.weights.formats import FORMATS
 from chatglm_ov.weights.ir import IR_NAME
@@ -101,7 +101,7 @@ def _converted(path: Path) -> dict[str, Any]:
 
 
 def _ir(xml: Path) -> dict[str, Any]:
-    model = core().read_model(xml)
+    model = read_ir(xml)
     types = Counter(node.get_type_name() for node in model.get_ops())
     return {
         "bytes": sum(file.stat().st_size for file in (xml, xml.with_suffix(".bin"))),
