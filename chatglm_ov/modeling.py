@@ -56,7 +56,8 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
     """A model of the ChatGLM family on OpenVINO.
 
     It owns one infer request, so one KV cache: a call without `past_key_values` begins a new sequence in it, the
-    cache object that a call returns stands for it, and an older object is refused. Use one instance at a time.
+    cache object that a call returns stands for it, and an older object is refused. For several sequences at once,
+    `OVChatGLMForCausalLM(model.config, model.compiled)` gives another request over the same weights.
     """
 
     config_class = OVChatGLMConfig
@@ -68,6 +69,7 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         self.session = Session(compiled.create_request(), config.num_hidden_layers)
         self.post_init()
         self.eval()
+        self.generation_config = _generation_config(Path(config.name_or_path), compiled.config)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -84,9 +86,7 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         "bf16") None: what the device prefers. `properties`: further OpenVINO properties.
         """
         compiled = load_model(folder, weight_format, inference_precision, device, properties)
-        model = cls(OVChatGLMConfig.from_folder(folder, compiled.config), compiled)
-        model.generation_config = _generation_config(Path(folder), compiled.config)
-        return model
+        return cls(OVChatGLMConfig.from_folder(folder, compiled.config), compiled)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Not offered: the converted folder is the saved form, and complete by itself."""
