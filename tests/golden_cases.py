@@ -14,8 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from golden_sets import GOLDENS, ROOTS, Golden
+from safetensors.numpy import save_file
 
 from chatglm_ov import convert
+from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.config import read_config_json
 from chatglm_ov.runtime import CompiledModel, Request, load_model
 
 TOLERANCE = 1e-3
@@ -120,6 +123,21 @@ def chat_prompts(golden: Golden) -> list[np.ndarray]:
     """Prompt ids int64 [1, L] of a chat set."""
     entries = json.loads((golden.folder / "chat.json").read_text(encoding="utf-8"))
     return [np.array([entry["prompt_ids"]], dtype=np.int64) for entry in entries]
+
+
+def stored_weights(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint, float32."""
+    with Checkpoint.open(folder) as checkpoint:
+        return {name: checkpoint[name].read() for name in checkpoint.names}
+
+
+def write_checkpoint(folder: Path, like: Path, tensors: dict[str, np.ndarray], **fields: object) -> Path:
+    """A checkpoint with the config.json of `like`, some fields replaced (None: left out), and these tensors."""
+    config = {name: value for name, value in {**read_config_json(like), **fields}.items() if value is not None}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="session")
