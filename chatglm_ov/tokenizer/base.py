@@ -7,7 +7,8 @@ input_ids, attention_mask and position_ids. Encoding and decoding are done by se
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from chatglm_ov.tokenizer.stream import CleanUp
 
 # Ids behind the vocabulary up to the next multiple of this are the padding rows of an embedding: they have no text.
 _ROW_MULTIPLE = 1024
+_RETURN_DICT: bool = inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters["return_dict"].default
 
 
 class GLMTokenizer(PreTrainedTokenizer):
@@ -28,6 +30,7 @@ class GLMTokenizer(PreTrainedTokenizer):
     added tokens) and ends with `_finish_init`."""
 
     family: str
+    PREFIX_TOKENS: tuple[str, ...] = ()
     model_input_names = ["input_ids", "attention_mask", "position_ids"]  # noqa: RUF012 (declared so by the base class)
     padding_side = "left"
     _vocab: dict[str, int]
@@ -57,6 +60,28 @@ class GLMTokenizer(PreTrainedTokenizer):
         """Ids of `text` in which nothing is a special token, nothing added."""
         raise NotImplementedError
 
+    def get_prefix_tokens(self) -> list[int]:
+        ids: Any = self.convert_tokens_to_ids(list(self.PREFIX_TOKENS))
+        return ids
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        ids = [*self.get_prefix_tokens(), *token_ids_0]
+        return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        """1 for the ids that `build_inputs_with_special_tokens` adds, 0 for the others."""
+        if already_has_special_tokens:
+            return super().get_special_tokens_mask(token_ids_0, token_ids_1, True)
+        mask = self._mask_of_first(len(token_ids_0))
+        return mask if token_ids_1 is None else [*mask, *[0] * len(token_ids_1), 1]
+
+    def _mask_of_first(self, length: int) -> list[int]:
+        return [1] * len(self.PREFIX_TOKENS) + [0] * length
+
     def _convert_token_to_id(self, token: str) -> int | None:
         return self._vocab.get(token, self._vocab.get("<unk>"))
 
@@ -70,25 +95,31 @@ class GLMTokenizer(PreTrainedTokenizer):
 
     def _checked_ids(self, token_ids: Any) -> list[int]:
         """A list of ids that the vocabulary (or a padding row behind it) has."""
-        ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(isinstance(i, int) for i in ids):
-            raise ChatGLMError(f"{type(self).__name__}.decode", "token_ids", _kind(token_ids), "a list of integers")
-        rows = -(-len(self) // _ROW_MULTIPLE) * _ROW_MULTIPLE
-        if ids and not 0 <= min(ids) <= max(ids) < rows:
-            wrong = next(i for i in ids if not 0 <= i < rows)
-            seen = f"{wrong} at index {list(ids).index(wrong)}"
-            raise ChatGLMError(f"{type(self).__name__}.decode", "token id", seen, f"0 to {len(self) - 1}")
-        return list(ids)
+        where = f"{type(self).__name__}.decode"
+        try:
+            ids = [token_ids] if isinstance(token_ids, int) else list(map(index, token_ids))
+        except TypeError:
+            raise ChatGLMError(where, "token_ids", _kind(token_ids), "a list of integers") from None
+        if ids and not 0 <= min(ids) <= max(ids) < self._rows():
+            wrong = next(i for i in ids if not 0 <= i < self._rows())
+            raise ChatGLMError(where, "token id", f"{wrong} at index {ids.index(wrong)}", f"0 to {len(self) - 1}")
+        return ids
+
+    def _rows(self) -> int:
+        return -(-len(self) // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
     def _kept_ids(self, token_ids: Any, skip_special_tokens: bool) -> list[int]:
         """The checked ids less those without any trace in the text."""
         skipped = self._skipped_ids(skip_special_tokens)
-        return [index for index in self._checked_ids(token_ids) if index not in skipped and index < len(self)]
+        size = len(self)
+        return [i for i in self._checked_ids(token_ids) if i not in skipped and i < size]
 
     def _has_text(self, token_id: int, skipped: set[int]) -> bool:
         """`_kept_ids` for a single id."""
-        self._checked_ids(token_id)
-        return token_id not in skipped and token_id < len(self)
+        if not 0 <= token_id < len(self):
+            self._checked_ids(token_id)
+            return False
+        return token_id not in skipped
 
     def _skipped_ids(self, skip_special_tokens: bool) -> set[int]:
         return set(self.all_special_ids) if skip_special_tokens else set()
@@ -155,79 +186,62 @@ class GLMTokenizer(PreTrainedTokenizer):
 
     # ---- chat
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]
         self,
         conversation: Any,
         tools: list[dict] | None = None,
-        documents: Any = None,
-        chat_template: str | None = None,
+        *,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
         tokenize: bool = True,
-        padding: bool | str = False,
-        truncation: bool = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        return_dict: bool | None = None,
+        return_dict: bool = _RETURN_DICT,
         tokenizer_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> Any:
         """Text or ids of a conversation (a list of messages with role and content, or a list of such lists) in the
         generation's own chat format: the ids that `chat()` sends to the model.
 
-        `return_dict` is by default what it is in the installed transformers (4: False, a list or tensor of ids; 5:
-        True). The arguments that need a free template (documents, chat_template, continue_final_message) are refused.
+        `options`: padding, truncation, max_length, return_tensors as in the tokenizer call. `return_dict` is by default
+        what it is in the installed transformers (4: False, a list or tensor of ids; 5: True). The arguments that need a
+        free template (documents, chat_template, continue_final_message) are refused.
         """
-        for name, value in {
-            "documents": documents,
-            "chat_template": chat_template,
-            "continue_final_message": continue_final_message,
-        }.items():
-            if value:
-                raise ChatGLMError("apply_chat_template", name, _kind(value), "not given: the chat format is fixed")
+        for name in ("documents", "chat_template", "continue_final_message"):
+            if options.get(name):
+                seen = _kind(options[name])
+                raise ChatGLMError("apply_chat_template", name, seen, "not given: the chat format is fixed")
         batched, conversations = _conversations(conversation)
-        chat_format = chat_format_for(self)
-        make: Callable = chat_format.conversation_ids if tokenize else chat_format.conversation_text
-        rows = [
-            make(self, messages, tools=tools, add_generation_prompt=add_generation_prompt) for messages in conversations
-        ]
+        chat = chat_format_for(self)
         if not tokenize:
-            return rows if batched else rows[0]
-        encoded = self._batch_of_ids(
-            rows if batched else rows[0],
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            return_tensors=return_tensors,
-            **(tokenizer_kwargs or {}),
-        )
-        as_dict = _RETURN_DICT if return_dict is None else return_dict
-        return encoded if as_dict else encoded["input_ids"]
+            texts = [chat.conversation_text(self, each, tools, add_generation_prompt) for each in conversations]
+            return texts if batched else texts[0]
+        rows = [chat.conversation_ids(self, each, tools, add_generation_prompt) for each in conversations]
+        encoded = self._encode_rows(rows, batched, **options | (tokenizer_kwargs or {}))
+        return encoded if return_dict else encoded["input_ids"]
 
-    def _batch_of_ids(
-        self, ids: list, *, padding: Any, truncation: Any, max_length: int | None, **kwargs: Any
+    def _encode_rows(
+        self,
+        rows: list[list[int]],
+        batched: bool,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        **unused: Any,
     ) -> BatchEncoding:
-        """One row of ids, or several, as the tokenizer call would give them."""
-        batched = bool(ids) and isinstance(ids[0], list)
-        tensors = kwargs.pop("return_tensors", None)
-        rows = [
-            self.prepare_for_model(
-                row, add_special_tokens=False, truncation=truncation, max_length=max_length, **kwargs
-            )
-            for row in (ids if batched else [ids])
-        ]
-        if not batched and not padding:
-            return BatchEncoding(rows[0].data, tensor_type=tensors, prepend_batch_axis=True)
-        lists = {"input_ids": [row["input_ids"] for row in rows]}
-        padded = self.pad(lists, padding=padding, max_length=max_length, return_tensors=tensors)
-        if batched or tensors:
-            return padded
-        return BatchEncoding({key: value[0] for key, value in padded.items()})
+        """Rows of ids as the tokenizer call would give them for texts, without adding special tokens."""
+        if truncation and max_length is not None:
+            rows = [row[:max_length] for row in rows]
+        if batched or padding:
+            encoded = self.pad({"input_ids": rows}, padding=padding, max_length=max_length)
+        else:
+            encoded = self.pad({"input_ids": rows[0]}, padding=False)
+        if padding and not batched:
+            encoded = BatchEncoding({key: value[0] for key, value in encoded.items()})
+        return BatchEncoding(encoded.data, tensor_type=return_tensors, prepend_batch_axis=not batched)
 
     # ---- pickling: the encoders hold C++ objects, so they are built again from the file's bytes
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_encoder",)}
+        return {key: value for key, value in self.__dict__.items() if key != "_encoder"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -236,9 +250,6 @@ class GLMTokenizer(PreTrainedTokenizer):
     def _build_encoder(self) -> None:
         """Makes `_encoder` from `_model_bytes`."""
         raise NotImplementedError
-
-
-_RETURN_DICT: bool = inspect.signature(PreTrainedTokenizer.apply_chat_template).parameters["return_dict"].default
 
 
 def _conversations(conversation: Any) -> tuple[bool, list[list[dict]]]:
@@ -255,8 +266,12 @@ def _kind(value: Any) -> str:
 
 def added_tokens(config: Any, first_id: int) -> dict[int, AddedToken]:
     """The `added_tokens_decoder` of a tokenizer_config.json from id `first_id` on: the vocabulary ends there."""
-    tokens = {}
-    for key, value in (config or {}).items():
-        if int(key) >= first_id:
-            tokens[int(key)] = value if isinstance(value, AddedToken) else AddedToken(**value)
-    return tokens
+    try:
+        return {
+            int(key): token if isinstance(token, AddedToken) else AddedToken(**token)
+            for key, token in (config or {}).items()
+            if int(key) >= first_id
+        }
+    except (TypeError, ValueError, AttributeError) as error:
+        seen = f"one that cannot be read ({error})"
+        raise ChatGLMError("tokenizer_config.json", "added_tokens_decoder", seen, "tokens by id") from None

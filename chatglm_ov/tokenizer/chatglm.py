@@ -113,13 +113,8 @@ class ChatGLMTokenizer(PieceTokenizer):
         ids = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
         return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
 
-    def get_special_tokens_mask(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
-    ) -> list[int]:
-        if already_has_special_tokens:
-            return super().get_special_tokens_mask(token_ids_0, token_ids_1, True)
-        mask = [0] * len(token_ids_0) + [1, 1]
-        return mask if token_ids_1 is None else [*mask, *[0] * len(token_ids_1), 1]
+    def _mask_of_first(self, length: int) -> list[int]:
+        return [0] * length + [1, 1]
 
     # ---- decoding
 

@@ -28,6 +28,7 @@ class ChatGLM2Tokenizer(PieceTokenizer):
 
     family = "chatglm2"
     vocab_files_names = {"vocab_file": MODEL_FILE}  # noqa: RUF012
+    PREFIX_TOKENS = ("[gMASK]", "sop")
     SPECIAL_TOKENS: tuple[str, ...] = _SPECIAL
 
     def __init__(self, vocab_file: str, **kwargs: Any):
@@ -54,7 +55,7 @@ class ChatGLM2Tokenizer(PieceTokenizer):
 
     # ---- encoding
 
-    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:  # type: ignore[override]
         """Pieces of `text`. Tokens that the user added are looked for, the vocabulary's own special tokens are not."""
         tokens: list[str] = []
         for part in self.tokens_trie.split(text) if self._added_tokens_encoder else [text]:
@@ -67,23 +68,6 @@ class ChatGLM2Tokenizer(PieceTokenizer):
     def _convert_id_to_token(self, index: int) -> str:
         special = index - len(self._pieces)
         return self._pieces[index] if special < 0 else self.SPECIAL_TOKENS[special]
-
-    def get_prefix_tokens(self) -> list[int]:
-        return [self._vocab["[gMASK]"], self._vocab["sop"]]
-
-    def build_inputs_with_special_tokens(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        ids = [*self.get_prefix_tokens(), *token_ids_0]
-        return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
-
-    def get_special_tokens_mask(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
-    ) -> list[int]:
-        if already_has_special_tokens:
-            return super().get_special_tokens_mask(token_ids_0, token_ids_1, True)
-        mask = [1, 1] + [0] * len(token_ids_0)
-        return mask if token_ids_1 is None else [*mask, *[0] * len(token_ids_1), 1]
 
     def build_prompt(self, query: str, history: list[tuple[str, str]] | None = None) -> str:
         """Text of the round that asks `query`, as the original tokenizer's method of this name."""
@@ -139,7 +123,9 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     def _saved_arguments(self) -> dict[str, Any]:
         return {"encode_special_tokens": self.encode_special_tokens}
 
-    def tokenize(self, text: str, encode_special_tokens: bool | None = None, **kwargs: Any) -> list[str]:
+    def tokenize(  # type: ignore[override]
+        self, text: str, encode_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[str]:
         split = self.encode_special_tokens if encode_special_tokens is None else encode_special_tokens
         if not split:
             return super().tokenize(text, **kwargs)
@@ -159,4 +145,4 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     def build_chat_input(self, query: str, history: list[dict] | None = None, role: str = "user") -> BatchEncoding:
         """Tensors [1, n] of the prompt that asks `query` after `history`."""
         ids = chat_format_for(self).build_inputs(self, query, history, role)
-        return self._batch_of_ids(ids, padding=False, truncation=False, max_length=None, return_tensors="pt")
+        return self._encode_rows([ids], batched=False, return_tensors="pt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
@@ -29,6 +30,8 @@ _SPLIT = "|".join(
         r"\s+",
     )
 )
+# tiktoken's regular expressions end the process with a panic at a run of more than a million.
+_LONG_WHITESPACE = re.compile(r"\s{500000}")
 # In the order of their ids, from the number of ranks on.
 _SPECIAL = (
     *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
@@ -46,6 +49,7 @@ class ChatGLM4Tokenizer(GLMTokenizer):
     """
 
     family = "glm4"
+    PREFIX_TOKENS = ("[gMASK]", "<sop>")
     vocab_files_names = {"vocab_file": MODEL_FILE}  # noqa: RUF012
 
     def __init__(self, vocab_file: str, **kwargs: Any):
@@ -81,22 +85,17 @@ class ChatGLM4Tokenizer(GLMTokenizer):
     # ---- encoding
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return [self._tokens[rank] for rank in self._encoder.encode_ordinary(text)]
+        return [self._tokens[rank] for rank in self.encode_ordinary(text)]
 
     def encode_ordinary(self, text: str) -> list[int]:
-        return self._encoder.encode_ordinary(text)
+        ids, start = [], 0
+        for run in _LONG_WHITESPACE.finditer(text):
+            ids += self._encoder.encode_ordinary(text[start : run.end()])
+            start = run.end()
+        return ids + self._encoder.encode_ordinary(text[start:])
 
     def _convert_id_to_token(self, index: int) -> str:
         return self._tokens[index]
-
-    def get_prefix_tokens(self) -> list[int]:
-        return self.convert_tokens_to_ids(["[gMASK]", "<sop>"])
-
-    def build_inputs_with_special_tokens(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        ids = [*self.get_prefix_tokens(), *token_ids_0]
-        return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
 
     # ---- decoding
 
@@ -118,7 +117,7 @@ class ChatGLM4Tokenizer(GLMTokenizer):
         spaces_between_special_tokens: bool = True,
         **kwargs: Any,
     ) -> str:
-        parts = []
+        parts: list[str] = []
         for added, run in groupby(self._kept_ids(token_ids, skip_special_tokens), len(self._ranks).__le__):
             ids = list(run)
             parts += map(self._added_text, ids) if added else [self._run_text(ids)]

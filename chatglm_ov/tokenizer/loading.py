@@ -68,7 +68,7 @@ def _load_fast(folder: Path, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
 
     # Older transformers take the blanks before punctuation out of byte-level text unless told not to.
-    defaults = {"padding_side": "left", "clean_up_tokenization_spaces": False}
+    defaults: dict[str, Any] = {"padding_side": "left", "clean_up_tokenization_spaces": False}
     try:
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **defaults | kwargs)
     except Exception as error:  # the library raises its own kinds, some of them plain Exception

@@ -217,7 +217,7 @@ def byte_characters() -> dict[int, str]:
 
 def _fast_decoders(tokenizer: Any, skip_special_tokens: bool) -> tuple[Callable[[int], bytes | None], list[Decoder]]:
     """For a tokenizer.json with a byte-level decoder, the only kind in this family."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     decoder = type(getattr(backend, "decoder", None)).__name__
     if decoder != "ByteLevel":
         raise ChatGLMError(type(tokenizer).__name__, "decoder", decoder, "ByteLevel")
