@@ -4,6 +4,7 @@ from transformers import PreTrainedTokenizer
 
 
 class EchoTokenizer(PreTrainedTokenizer):
+    model_input_names = ["input_ids", "attention_mask"]
     vocab_size = 65536
 
     def get_vocab(self):
