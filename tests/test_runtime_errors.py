@@ -1,0 +1,210 @@
+"""What a Request and load_model refuse, and that nothing is spoilt by it."""
+
+# ruff: noqa: F811 (a fixture is imported)
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden_cases import TOLERANCE, V1, V2, Opener, Prompt, each_small, golden_prompt, open_compiled  # noqa: F401
+
+from chatglm_ov import ChatGLMError, convert
+from chatglm_ov.runtime import CompiledModel, Request, default_weight_format, load_model, weight_formats
+
+# Calls
+
+
+def call(request: Request, prompt: Prompt, **changes: object) -> np.ndarray:
+    """The whole prompt, with some arguments replaced."""
+    arguments = {
+        "input_ids": prompt.ids,
+        "attention_mask": prompt.keep,
+        "position_ids": prompt.position_ids,
+        "beam_idx": np.arange(prompt.rows),
+        "prefix_length": prompt.prefix,
+    }
+    return request.infer(**{**arguments, **changes})
+
+
+WRONG_CALLS: dict[str, tuple[str, Callable[[Prompt, CompiledModel], dict[str, object]]]] = {
+    "one dimension": ("input_ids", lambda p, m: {"input_ids": p.ids[0]}),
+    "no token": ("input_ids", lambda p, m: {"input_ids": p.ids[:, :0]}),
+    "no row": ("input_ids", lambda p, m: {"input_ids": p.ids[:0]}),
+    "id beyond the vocabulary": ("input_ids", lambda p, m: {"input_ids": p.ids * 0 + m.config.vocab_rows}),
+    "negative id": ("input_ids", lambda p, m: {"input_ids": p.ids * 0 - 1}),
+    "mask too short": ("attention_mask", lambda p, m: {"attention_mask": p.keep[:, 1:]}),
+    "mask of other rows": ("attention_mask", lambda p, m: {"attention_mask": p.keep[:1]}),
+    "positions too short": ("position_ids", lambda p, m: {"position_ids": p.position_ids[..., 1:]}),
+    "positions of other rows": ("position_ids", lambda p, m: {"position_ids": p.position_ids[:2]}),
+    "negative position": ("position_ids", lambda p, m: {"position_ids": p.position_ids - 1}),
+    "one row of positions too many": ("position_ids", lambda p, m: {"position_ids": np.stack([p.position_ids] * 3, 1)}),
+    "beam_idx too short": ("beam_idx", lambda p, m: {"beam_idx": np.arange(2)}),
+    "no such row": ("beam_idx", lambda p, m: {"beam_idx": np.array([0, 1, 3])}),
+    "negative row": ("beam_idx", lambda p, m: {"beam_idx": np.array([0, 1, -1])}),
+    "negative logits_to_keep": ("logits_to_keep", lambda p, m: {"logits_to_keep": -1}),
+    "prefix of other rows": ("prefix_length", lambda p, m: {"prefix_length": np.array([1, 2])}),
+}
+
+
+@each_small
+@pytest.mark.parametrize("wrong", WRONG_CALLS)
+def test_wrong_calls_are_named_and_harmless(golden, wrong, open_compiled: Opener):
+    model = open_compiled(golden.checkpoint)
+    prompt, request = golden_prompt(golden, "batch", model), model.create_request()
+    right = call(request, prompt)
+    field, changes = WRONG_CALLS[wrong]
+    request.reset()
+    with pytest.raises(ChatGLMError) as error:
+        call(request, prompt, **changes(prompt, model))
+    assert error.value.field == field
+    assert "\n" not in str(error.value)
+    np.testing.assert_array_equal(call(request, prompt), right)
+
+
+@each_small
+def test_wrong_call_leaves_the_cache_as_it_was(golden, open_compiled: Opener):
+    model = open_compiled(golden.checkpoint)
+    prompt, request = golden_prompt(golden, "batch", model), model.create_request()
+    prompt.feed(request)
+    next_token = prompt.extended(golden["batch_dec_tokens"][:, :1])
+    before = [part.copy() for part in request.cached(0)]
+    with pytest.raises(ChatGLMError, match="beam_idx is a row 3, expected 0 to 2"):
+        request.infer(
+            next_token.ids[:, -1:],
+            next_token.keep,
+            next_token.position_ids[..., -1:],
+            np.array([0, 1, 3]),
+            1,
+            prompt.prefix,
+        )
+    for ours, wanted in zip(request.cached(0), before, strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+    ours = next_token.feed(request, prompt.ids.shape[1])
+    assert np.abs(ours[:, -1] - golden["batch_dec_logits"][:, 1]).max() < TOLERANCE
+
+
+def test_left_out_prefix_is_not_the_last_calls(open_compiled: Opener):
+    model = open_compiled(V1.checkpoint)
+    prompt, request = golden_prompt(V1, "batch", model), model.create_request()
+    call(request, prompt)
+    request.reset()
+    with pytest.raises(ChatGLMError, match=r"prefix_length is missing, expected \[3\]"):
+        call(request, prompt, prefix_length=None)
+
+
+def test_prefix_of_a_model_without_one_is_refused(open_compiled: Opener):
+    model = open_compiled(V2.checkpoint)
+    prompt = golden_prompt(V2, "p5", model)
+    with pytest.raises(ChatGLMError, match="prefix_length is given, expected none"):
+        call(model.create_request(), prompt, prefix_length=np.array([3]))
+
+
+def test_position_beyond_the_rotary_table_is_refused(open_compiled: Opener):
+    model = open_compiled(V2.checkpoint)
+    prompt = golden_prompt(V2, "p5", model)
+    last = np.array([[507, 508, 509, 510, 511]])
+    assert np.isfinite(call(model.create_request(), prompt, position_ids=last)).all()
+    with pytest.raises(ChatGLMError, match=r"a position 512, expected 0 to 511 \(seq_length 512\)"):
+        call(model.create_request(), prompt, position_ids=last + 1)
+
+
+def test_first_generation_has_no_last_position(open_compiled: Opener):
+    model = open_compiled(V1.checkpoint)
+    prompt = golden_prompt(V1, "p5", model)
+    assert np.isfinite(call(model.create_request(), prompt, position_ids=prompt.position_ids + 5000)).all()
+
+
+# Loading
+
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    return convert(V2.checkpoint, folder, ("bf16", "f32"), ops="stock", progress=False)
+
+
+@pytest.fixture
+def folder(whole_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole_folder, tmp_path / "model"))
+
+
+def shorten(path: Path, missing_bytes: int) -> None:
+    os.truncate(path, path.stat().st_size - missing_bytes)
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "no bin": (lambda f: (f / "f32" / "openvino_model.bin").unlink(), r"openvino_model\.bin: file is missing"),
+    "empty bin": (lambda f: (f / "f32" / "openvino_model.bin").write_bytes(b""), "IR is unreadable .*bin file"),
+    "bin short of a byte": (lambda f: shorten(f / "f32" / "openvino_model.bin", 1), "IR is unreadable .*bin file"),
+    "half an xml": (
+        lambda f: shorten(f / "f32" / "openvino_model.xml", 9999),
+        r"openvino_model\.xml: IR is unreadable",
+    ),
+    "empty xml": (lambda f: (f / "f32" / "openvino_model.xml").write_bytes(b""), "IR is unreadable"),
+    "no xml": (
+        lambda f: (f / "f32" / "openvino_model.xml").unlink(),
+        r"weight_format is 'f32', expected one of \['bf16'\]",
+    ),
+    "another version": (
+        lambda f: edit_config(f, chatglm_ov={"format_version": 99}),
+        r"config\.json: chatglm_ov\.format_version is 99, expected 1",
+    ),
+    "another marker": (lambda f: edit_config(f, chatglm_ov="yes"), "format_version is missing"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
+    "other config": (lambda f: edit_config(f, num_layers=0), "num_layers is 0, expected greater than 0"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folder_is_named(damage, folder: Path):
+    spoil, message = DAMAGES[damage]
+    spoil(folder)
+    with pytest.raises(ChatGLMError, match=message) as error:
+        load_model(folder, "f32", "f32")
+    assert "\n" not in str(error.value)
+
+
+def test_checkpoint_is_no_converted_folder():
+    with pytest.raises(ChatGLMError, match=r"format_version is missing \(a checkpoint, not converted\)"):
+        load_model(V2.checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_format": "int3"}, r"weight_format is 'int3', expected one of \['bf16', 'f32'\]"),
+        ({"inference_precision": "f64"}, "inference_precision is 'f64', expected one of"),
+        ({"device": "TOASTER"}, "device TOASTER: compilation is .*TOASTER.*, expected a device of .*CPU"),
+        ({"properties": {"NO_SUCH_PROPERTY": "1"}}, "NO_SUCH_PROPERTY"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_options_are_named(options, message, whole_folder: Path):
+    with pytest.raises(ChatGLMError, match=message) as error:
+        load_model(whole_folder, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_weight_format_is_chosen(folder: Path):
+    assert weight_formats(folder) == ["bf16", "f32"]
+    assert default_weight_format(folder) == "bf16"
+    (folder / "bf16").rename(folder / "int8")
+    assert default_weight_format(folder) == "int8"
+    shutil.rmtree(folder / "int8")
+    assert default_weight_format(folder) == "f32"
+    shutil.rmtree(folder / "f32")
+    with pytest.raises(ChatGLMError, match="weight formats is none"):
+        load_model(folder)
