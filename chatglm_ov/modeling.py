@@ -69,7 +69,7 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         self.session = Session(compiled.create_request(), config.num_hidden_layers)
         self.post_init()
         self.eval()
-        self.generation_config = _generation_config(Path(config.name_or_path), compiled.config)
+        self.generation_config = _generation_config(Path(str(config.name_or_path)), compiled.config)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

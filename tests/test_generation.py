@@ -21,6 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from chatglm_ov import ChatGLMError
 
+pytestmark = pytest.mark.transformers_matrix
+
 each_golden = pytest.mark.parametrize("golden", GOLDENS, ids=str)
 REPETITION = "reppen1.3_tokens"
 

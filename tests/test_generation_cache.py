@@ -13,6 +13,8 @@ from transformers import Cache
 from chatglm_ov import ChatGLMError
 from chatglm_ov.generation.cache import Session, StateCache
 
+pytestmark = pytest.mark.transformers_matrix
+
 
 def begun(rows: int = 3, columns: int = 5, prefix: np.ndarray | None = None) -> tuple[Session, StateCache]:
     """A session with a sequence of `columns` in it; row i has i columns of padding and ends at position 10 + i."""

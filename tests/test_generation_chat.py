@@ -18,6 +18,8 @@ from chatglm_ov.chat import chat_format_for
 from chatglm_ov.generation.chat import _settings
 from chatglm_ov.generation.stream import stream_tokens
 
+pytestmark = pytest.mark.transformers_matrix
+
 DATA = Path(__file__).parent / "data"
 SETS = [
     pytest.param((name, path.parent), id=f"{root}-{name}")

@@ -16,6 +16,8 @@ from chatglm_ov.generation.cache import Session
 from chatglm_ov.generation.inputs import leading_padding, next_positions, prepare
 from chatglm_ov.models import chatglm, chatglm2
 
+pytestmark = pytest.mark.transformers_matrix
+
 SIZES = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2}
 V1 = SimpleNamespace(
     architecture=chatglm,

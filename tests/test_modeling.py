@@ -16,6 +16,8 @@ from transformers import DynamicCache
 from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert
 from chatglm_ov.generation.cache import StateCache
 
+pytestmark = pytest.mark.transformers_matrix
+
 TOLERANCE = 1e-3
 # Between two ways through the same f32 graph: rounding only.
 SAME = 1e-4
