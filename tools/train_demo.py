@@ -15,7 +15,7 @@ from typing import Annotated
 
 import torch
 import typer
-from demo.batches import ConversationStream
+from demo.batches import BATCH_TOKENS, ConversationStream
 from demo.corpus import (
     ALIASES,
     BY_TITLE,
@@ -90,7 +90,7 @@ def main(
         "demo-output"
     ),
     size: Annotated[str, typer.Option(help=f"one of {', '.join(SIZES)}")] = "small",
-    steps: Annotated[int, typer.Option(help="training steps of 4096 tokens")] = 3000,
+    steps: Annotated[int, typer.Option(help=f"training steps of {BATCH_TOKENS} tokens")] = 3000,
     minutes: Annotated[
         float | None, typer.Option(help="choose the steps by a speed measurement instead; not reproducible")
     ] = None,

@@ -8,9 +8,10 @@ from torch import Tensor
 from .corpus import Asker, Poem
 from .vocabulary import IGNORED, ChatVocabulary
 
-BATCH_TOKENS = 4096
-BATCHES_PER_BLOCK = 64
+BATCH_TOKENS = 2048
+BATCHES_PER_BLOCK = 128
 SHARE_START, SHARE_END = 0.35, 0.55
+RISE_START, RISE_END = 640, 1280
 SEVERAL_TURNS, MANY_TURNS = 0.12, 0.02
 
 
@@ -27,9 +28,10 @@ class Cycle:
         return self.items[self.left.pop()]
 
 
-def anthology_share(decay: float) -> float:
-    """Share of anthology poems among the turns, rising while the learning rate falls (`decay` from 0 to 1)."""
-    return SHARE_START + (SHARE_END - SHARE_START) * min(1.0, 2 * decay)
+def anthology_share(step: int) -> float:
+    """Share of anthology poems among the turns: lower while the language is learned, then higher, to learn by heart."""
+    risen = (step - RISE_START) / (RISE_END - RISE_START)
+    return SHARE_START + (SHARE_END - SHARE_START) * min(1.0, max(0.0, risen))
 
 
 class ConversationStream:
@@ -78,8 +80,8 @@ class ConversationStream:
             ids, labels = longer
         return ids, labels
 
-    def fill(self, decay: float) -> None:
-        share, tokens, drawn = anthology_share(decay), 0, []
+    def fill(self, step: int) -> None:
+        share, tokens, drawn = anthology_share(step), 0, []
         while tokens < BATCHES_PER_BLOCK * BATCH_TOKENS:
             drawn.append(self.conversation(share))
             tokens += len(drawn[-1][0])
@@ -90,10 +92,10 @@ class ConversationStream:
             drawn = drawn[rows:]
         self.rng.shuffle(self.queue)
 
-    def next(self, decay: float) -> tuple[Tensor, Tensor]:
+    def next(self, step: int) -> tuple[Tensor, Tensor]:
         """Input ids and labels [rows, length], padded at the right; padding has the label IGNORED."""
         if not self.queue:
-            self.fill(decay)
+            self.fill(step)
         return pad_rows(self.queue.pop())
 
 

@@ -19,8 +19,8 @@ DECAY_SHARE = 0.3
 FINAL_RATE = 0.02
 WEIGHT_DECAY = 0.05
 SMOOTHING = 0.98
-SAVE_EVERY = 100
-CHECK_EVERY = 250
+SAVE_EVERY = 200
+CHECK_EVERY = 500
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Trainer:
         self.step, self.history = state["step"], History(state["losses"], state["checks"])
 
     def train_step(self) -> float:
-        ids, labels = self.stream.next(self.plan.decay(self.step))
+        ids, labels = self.stream.next(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(self.step)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.plan.bf16):
