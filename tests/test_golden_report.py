@@ -1,0 +1,35 @@
+"""tools/golden_report.py: its figures are those of the goldens."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden_cases import V1, V2
+
+
+def test_report_of_the_small_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "tools"))
+    import golden_report
+
+    monkeypatch.setattr(golden_report, "GOLDENS", [V1, V2])
+    options = ["--formats", "f32", "int8", "--precisions", "f32", "--json", str(tmp_path / "report.json")]
+    monkeypatch.setattr(sys, "argv", ["golden_report.py", *options])
+    golden_report.main()
+    rows = json.loads((tmp_path / "report.json").read_text())
+    assert [(row["set"], row["weights"]) for row in rows] == [
+        ("v1_tiny", "f32"), ("v1_tiny", "int8"), ("v2_tiny", "f32"), ("v2_tiny", "int8")
+    ]  # fmt: skip
+    for row in rows:
+        golden = {"v1_tiny": V1, "v2_tiny": V2}[row["set"]]
+        steps = sum(np.prod(golden[key].shape[:2]) for key in golden.arrays.files if key.endswith("_dec_logits"))
+        # p5 is the one prompt that a small set holds in full; its last column is the first decode step.
+        assert row["positions"] == steps + 4
+        exact = row["weights"] == "f32"
+        assert (row["max error"] < 1e-3) == exact
+        assert row["mean error"] < row["max error"]
+        assert row["same top-1"] == 1 if exact else row["same top-1"] > 0.5
+    assert capsys.readouterr().out.count("int8") == 2
