@@ -15,6 +15,8 @@ from chatglm_ov.chat.glm4 import GLM4Format
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.transformers_matrix
+
 TOOLS = [{"name": "track", "description": "追踪股票", "parameters": {"type": "object"}}]
 TOOL_HISTORY = [{"role": "system", "content": "Answer.", "tools": TOOLS}]
 

@@ -10,6 +10,8 @@ from tokenizer_cases import DATA, SETS, golden_of, tokenizer_of
 from chatglm_ov.chat import chat_format_for
 from chatglm_ov.chat.glm4 import GLM4Format
 
+pytestmark = pytest.mark.transformers_matrix
+
 
 def prompts() -> list[tuple[str, int]]:
     counts = {"v1": 3, "v1_real": 3, "v2": 3, "v3": 5, "glm4": 6}

@@ -13,6 +13,8 @@ from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.tokenizer import TextStream, load_tokenizer
 from chatglm_ov.tokenizer.stream import CleanUp, WhitespaceTokens, byte_characters
 
+pytestmark = pytest.mark.transformers_matrix
+
 NAMES = [*SETS, "small_v2", "small_v3", "fast", "fast_clean"]
 names = pytest.mark.parametrize("name", NAMES)
 many = settings(max_examples=150, deadline=None)

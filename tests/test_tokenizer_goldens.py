@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from tokenizer_cases import SETS, golden_of, tokenizer_of
 
+pytestmark = pytest.mark.transformers_matrix
+
 names = pytest.mark.parametrize("name", SETS)
 
 

@@ -17,6 +17,8 @@ from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.tokenizer import load_tokenizer
 from chatglm_ov.tokenizer.sentencepiece_model import _varint
 
+pytestmark = pytest.mark.transformers_matrix
+
 FAMILIES = ("chatglm", "chatglm2", "chatglm3", "glm4")
 SENTENCES = ["你好，世界👋", "床前⟨新⟩ 光", "床前明月光", "def f(x):\n    return x\t# 1", "<|user|> [MASK] <eop>", ""]
 

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.tokenizer import detect_family, load_tokenizer, save_tokenizer_files
 
+pytestmark = pytest.mark.transformers_matrix
+
 SENTENCES = ["你好，世界", "床前明月光", "def f(x):\n    return x\t# 1", "<|user|> [MASK] <eop>", ""]
 
 
