@@ -33,8 +33,9 @@ class Timing:
 
     def __str__(self) -> str:
         following = "" if self.following is None else f", next tokens {1000 * self.following:.1f} ms each"
+        noun = "tokens" if self.tokens > 1 else "token"
         return (
-            f"{self.tokens} tokens, first token {1000 * self.first:.1f} ms{following}, "
+            f"{self.tokens} {noun}, first token {1000 * self.first:.1f} ms{following}, "
             f"{self.tokens_per_second:.1f} tokens/s"
         )
 

@@ -1,10 +1,12 @@
 """A tokenizer whose ids are code points."""
 
+from typing import ClassVar
+
 from transformers import PreTrainedTokenizer
 
 
 class EchoTokenizer(PreTrainedTokenizer):
-    model_input_names = ["input_ids", "attention_mask"]
+    model_input_names: ClassVar = ["input_ids", "attention_mask"]
     vocab_size = 65536
 
     def get_vocab(self):
