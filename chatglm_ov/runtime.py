@@ -129,6 +129,18 @@ class CompiledModel:
         """A request with an empty KV cache."""
         return Request(self.config, self.compiled.create_infer_request())
 
+    def warm_up(self) -> None:
+        """Run one token through a request that is thrown away. A plugin packs the weights in the first call: after
+        this the first answer's time is its own."""
+        inputs = {
+            port.any_name: np.zeros([1 if dim.is_dynamic else dim.get_length() for dim in port.partial_shape], np.int64)
+            for port in self.compiled.inputs
+        }
+        inputs["attention_mask"] += 1
+        inputs["logits_to_keep"] += 1
+        inputs["beam_idx"] = inputs["beam_idx"].astype(np.int32)
+        self.compiled.create_infer_request().infer(inputs)
+
 
 @dataclass
 class Request:

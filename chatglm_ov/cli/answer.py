@@ -30,9 +30,10 @@ class Answer:
 
 
 def open_model(folder: Path, weight_format: str | None, inference_precision: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer of a converted folder."""
+    """Model, ready for its first answer, and tokenizer of a converted folder."""
     logging.set_verbosity_error()
     model = OVChatGLMForCausalLM.from_pretrained(folder, weight_format, inference_precision)
+    model.compiled.warm_up()
     return model, load_tokenizer(folder)
 
 
