@@ -204,7 +204,7 @@ def _finished_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
-    """The old folder is whole until the new one stands in its place."""
+    """The old folder is removed when the new one stands in its place."""
     if overwrite and target.exists():
         replaced = partial.with_name(f"{partial.name}-replaced")
         target.rename(replaced)

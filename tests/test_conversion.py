@@ -172,6 +172,19 @@ def test_overwrite_replaces_everything(tmp_path: Path):
     assert names(tmp_path) == ["out"]
 
 
+def test_old_folder_is_removed_when_the_new_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    convert(V1.checkpoint, tmp_path / "out", ("f32",), progress=False)
+    removed, remove = [], shutil.rmtree
+
+    def noted(folder: Path, **options: Any) -> None:
+        removed.append((weight_formats(folder), weight_formats(tmp_path / "out")))
+        remove(folder, **options)
+
+    monkeypatch.setattr(conversion.shutil, "rmtree", noted)
+    to_int8(V2.checkpoint, tmp_path / "out", overwrite=True)
+    assert removed[0] == (["f32"], ["int8"])
+
+
 def test_failed_overwrite_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     to_int8(V2.checkpoint, tmp_path / "out")
     before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in listing(tmp_path / "out")}
