@@ -144,6 +144,21 @@ def test_reset_is_fresh(golden, precision, open_compiled: Opener):
 
 
 @each_small
+def test_warm_up_leaves_no_trace(golden, open_compiled: Opener):
+    model = open_compiled(golden.checkpoint)
+    prompt, tokens = golden_prompt(golden, "p5", model), golden["p5_dec_tokens"]
+    request = model.create_request()
+    alone = teacher_forced(request, prompt, tokens)[1]
+    request.reset()
+    prompt.feed(request)
+    model.warm_up()
+    assert request.past_length == prompt.ids.shape[1]
+    for used in (request, model.create_request()):
+        used.reset()
+        np.testing.assert_array_equal(teacher_forced(used, prompt, tokens)[1], alone)
+
+
+@each_small
 def test_requests_do_not_disturb_each_other(golden, open_compiled: Opener):
     model = open_compiled(golden.checkpoint)
     one, other = golden_prompt(golden, "p5", model), golden_prompt(golden, "batch", model)
