@@ -189,7 +189,8 @@ class Request:
             inputs["prefix_length"] = np.ascontiguousarray(prefix_length, np.int64)
         self._check_shapes(inputs)
         self._check_values(inputs)
-        self.infer_request.infer(inputs, share_inputs=True)
+        # Copied in: the plugin keeps pointers to shared inputs, and a later request writes its own through them.
+        self.infer_request.infer(inputs)
         self.rows, new = input_ids.shape
         self.past_length += new
         return self.infer_request.get_tensor("logits").data.copy()
