@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ from chatglm_ov.weights.store import BLOCK_BYTES, Progress, WeightStore
 
 LOWERINGS = {"stock": StockLowering}
 OPS = ("fused", "stock")
+
+LIBRARIES_BYTES = 300_000_000
+"""Anonymous memory of Python with OpenVINO, numpy, and torch for .bin checkpoints."""
+BLOCKS_IN_MEMORY = 5
+"""A block of rows as stored, in float32, and what int4 makes of it on the way."""
 
 
 log = logging.getLogger(__name__)
@@ -105,7 +111,7 @@ def available_ops(ops: str) -> str:
     """The lowering that is used when `ops` is asked for."""
     if ops in LOWERINGS:
         return ops
-    log.info("this build has no %s ops: the stock lowering is used", ops)
+    log.debug("this build has no %s ops: the stock lowering is used", ops)
     return "stock"
 
 
@@ -118,12 +124,13 @@ def plan_conversion(checkpoint: str | Path, weight_formats: Sequence[str] = ("bf
 
 
 def make_plan(config: ArchitectureConfig, weights: Checkpoint, weight_formats: Sequence[str]) -> Plan:
-    """Sizes follow from the shapes; memory is a few blocks of rows plus the interpreter and its libraries."""
+    """Sizes follow from the shapes; memory is the interpreter with its libraries and a few blocks of rows."""
     shapes = architecture(config).weight_shapes(config)
     formats = tuple(dict.fromkeys(weight_formats))
     read = sum(weights.nbytes(name) for name in shapes) * len(formats)
     disk = sum(_stored_bytes(shapes, name) for name in formats)
-    return Plan(config, formats, read, disk, 600_000_000 + 8 * BLOCK_BYTES)
+    largest = max(4 * prod(shape) for shape in shapes.values())
+    return Plan(config, formats, read, disk, LIBRARIES_BYTES + BLOCKS_IN_MEMORY * min(largest, BLOCK_BYTES))
 
 
 def _stored_bytes(shapes: dict[str, tuple[int, ...]], weight_format: str) -> int:

@@ -30,7 +30,7 @@ def test_says_what_it_needs_then_shows_progress_then_sizes(checkpoint: Path, tmp
     plan, sizes = done.out.index("of memory"), done.out.index("weight format")
     assert plan < done.out.index("written to") < sizes
     plan_line = next(line for line in done.out.splitlines() if "of memory" in line)
-    assert re.search(r"bf16, int8\. Reads [\d.]+ MB, writes [\d.]+ kB, needs about [\d.]+ GB of memory", plan_line)
+    assert re.search(r"bf16, int8\. Reads [\d.]+ MB, writes [\d.]+ kB, needs about [\d.]+ MB of memory", plan_line)
     assert "transformer.output_layer.weight" in done.err and "100%" in done.err
     for name in ("bf16", "int8"):
         nbytes = sum(file.stat().st_size for file in (tmp_path / "out" / name).iterdir())
