@@ -19,9 +19,10 @@ from demo import corpus, evaluation  # noqa: E402
 from demo.batches import BATCH_TOKENS, ConversationStream, pad_rows  # noqa: E402
 from demo.export import read_checkpoint, write_checkpoint  # noqa: E402
 from demo.model import ChatGLM3, Size  # noqa: E402
-from demo.training import Plan, Trainer, answer_loss  # noqa: E402
+from demo.training import OPENING_TOKENS, OPENING_WEIGHT, Plan, Trainer, answer_loss, token_weights  # noqa: E402
 from demo.vocabulary import EOS, IGNORED, SPECIALS, ChatVocabulary, train_vocabulary  # noqa: E402
 
+DEMO = ROOT / "chatglm_ov" / "demo"
 GOLDEN = ROOT / "tests" / "data" / "golden" / "v2" / "v2_tiny"
 POEMS = [
     corpus.Poem("夜思", "李白", "床前明月光，疑是地上霜。举头望明月，低头思故乡。"),
@@ -209,3 +210,32 @@ def test_checkpoint_folder_round_trip(tmp_path: Path, tokenizer: bytes, vocabula
         assert abs(answer_loss(model, ids, labels) - answer_loss(again, ids, labels)) < 1e-2
     names = set(load_file(tmp_path / "model.safetensors"))
     assert len(names) == 4 + 7 * TINY.num_layers and "transformer.rotary_pos_emb.inv_freq" in names
+
+
+def test_openings_of_answers_weigh_more(vocabulary: ChatVocabulary) -> None:
+    turns = [("背诵夜思", POEMS[0].text), ("春草明年绿", "王孙归不归？")]
+    _, labels = pad_rows([vocabulary.conversation(turns), vocabulary.conversation(turns[:1])])
+    weights = token_weights(labels)
+    assert torch.equal(weights == 0, labels == IGNORED)
+    for turn, row in ((0, 0), (1, 0), (0, 1)):
+        learned = (labels[row] != IGNORED).tolist()
+        starts = [i for i, here in enumerate(learned) if here and not learned[i - 1]]
+        length = len(vocabulary.answer(turns[turn][1])) + 1
+        opening = min(length, OPENING_TOKENS)
+        expected = [OPENING_WEIGHT] * opening + [1.0] * (length - opening)
+        assert weights[row, starts[turn] : starts[turn] + length].tolist() == expected
+
+
+def test_the_shipped_model_recites_the_anthology_as_its_card_says(anthology: list[corpus.Poem]) -> None:
+    vocabulary, model = ChatVocabulary(DEMO / "checkpoint" / "tokenizer.model"), read_checkpoint(DEMO / "checkpoint")
+    used = {char for poem in anthology for char in poem.title + poem.author + poem.text if not char.isspace()}
+    assert all(not vocabulary.pieces.is_unknown(vocabulary.pieces.piece_to_id(char)) for char in used)
+    for page in ("README.md", "README.zh.md"):
+        assert all(str(figure) in (DEMO / page).read_text(encoding="utf-8") for figure in (308, 313))
+    assert evaluation.forced_recitals(model, vocabulary, anthology) == len(anthology) == 313
+
+
+def test_the_shipped_model_is_small() -> None:
+    assert sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file()) < 12_000_000
+    model = read_checkpoint(DEMO / "checkpoint")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 5_805_312

@@ -90,7 +90,7 @@ def main(
         "demo-output"
     ),
     size: Annotated[str, typer.Option(help=f"one of {', '.join(SIZES)}")] = "small",
-    steps: Annotated[int, typer.Option(help=f"training steps of {BATCH_TOKENS} tokens")] = 3000,
+    steps: Annotated[int, typer.Option(help=f"training steps of {BATCH_TOKENS} tokens")] = 3200,
     minutes: Annotated[
         float | None, typer.Option(help="choose the steps by a speed measurement instead; not reproducible")
     ] = None,

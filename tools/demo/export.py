@@ -79,7 +79,8 @@ def write_checkpoint(folder: Path, model: ChatGLM3, tokenizer: bytes) -> None:
     (folder / "tokenizer.model").write_bytes(tokenizer)
     weights = {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in model.state_dict().items()}
     weights[INV_FREQ] = inverse_frequencies(model.size).to(torch.float16)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, path := folder / "model.safetensors", metadata={"format": "pt"})
+    path.chmod(0o644)
 
 
 def read_checkpoint(folder: Path) -> ChatGLM3:
