@@ -7,14 +7,13 @@ writes `checkpoint/` (an ordinary ChatGLM3 folder), `report.json` and `training.
 there lets a run that was ended continue with the same command.
 """
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated
 
 import torch
-import typer
 from demo.batches import BATCH_TOKENS, ConversationStream
 from demo.corpus import (
     ALIASES,
@@ -84,32 +83,34 @@ def measure_steps(minutes: float, trainer: Trainer) -> int:
     return max(300, round(minutes * 60 / ((perf_counter() - start) / 12) / 100) * 100)
 
 
-def main(
-    data: Annotated[Path, typer.Option(help="folder with tang300.jsonl and tang_poems_*.jsonl.xz")] = DATA,
-    output: Annotated[Path, typer.Option(help="folder for the checkpoint, the report and the snapshot")] = Path(
-        "demo-output"
-    ),
-    size: Annotated[str, typer.Option(help=f"one of {', '.join(SIZES)}")] = "small",
-    steps: Annotated[int, typer.Option(help=f"training steps of {BATCH_TOKENS} tokens")] = 3200,
-    minutes: Annotated[
-        float | None, typer.Option(help="choose the steps by a speed measurement instead; not reproducible")
-    ] = None,
-    threads: Annotated[int, typer.Option(help="PyTorch threads")] = 2,
-    seed: Annotated[int, typer.Option()] = 0,
-    learning_rate: Annotated[float, typer.Option(help="learning rate before it falls to nothing")] = 2e-3,
-    bf16: Annotated[bool, typer.Option(help="bfloat16 autocast in training")] = True,
-    evaluate_only: Annotated[bool, typer.Option(help="only make the report of an existing checkpoint")] = False,
-) -> None:
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train the demo model and write its checkpoint and figures.")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with tang300.jsonl and tang_poems_*.jsonl.xz")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="checkpoint, report and snapshot")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--steps", type=int, default=3200, help=f"training steps of {BATCH_TOKENS} tokens")
+    parser.add_argument("--minutes", type=float, help="choose the steps by a speed measurement; not reproducible")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch threads")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="before it falls to nothing")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    parser.add_argument("--evaluate-only", action="store_true", help="only make the report of an existing checkpoint")
+    return parser.parse_args()
+
+
+def main() -> None:
     """Train the demo model and write its checkpoint and figures."""
-    torch.set_num_threads(threads)
+    asked = arguments()
+    data, output = asked.data, asked.output
+    torch.set_num_threads(asked.threads)
     torch.set_flush_denormal(True)
     torch.use_deterministic_algorithms(True)
     anthology, held_out = read_poems(data / "tang300.jsonl"), read_poems(data / "tang_poems_test.jsonl.xz")
     checkpoint = output / "checkpoint"
-    if not evaluate_only:
+    if not asked.evaluate_only:
         poems = training_poems(read_poems(data / "tang_poems_train.jsonl.xz"), anthology)
-        plan = Plan(size, steps, seed, threads, learning_rate, bf16)
-        train(plan, minutes, anthology, poems, held_out, output)
+        plan = Plan(asked.size, asked.steps, asked.seed, asked.threads, asked.learning_rate, asked.bf16)
+        train(plan, asked.minutes, anthology, poems, held_out, output)
     report = evaluate(checkpoint, anthology, held_out)
     (output / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, ensure_ascii=False, indent=2))
@@ -146,4 +147,4 @@ def train(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()
