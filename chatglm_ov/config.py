@@ -7,6 +7,7 @@ definition does not cover, is an error that names the field.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from chatglm_ov.errors import ChatGLMError
 
 
-class ArchitectureConfig(BaseModel):
+class ArchitectureConfig(BaseModel, ABC):
     """What the later parts may ask of every architecture, whatever its own field names are."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
@@ -34,22 +35,24 @@ class ArchitectureConfig(BaseModel):
     pre_seq_len: Literal[0] | None = None
 
     @property
+    @abstractmethod
     def vocab_rows(self) -> int:
         """Rows of the embedding and of the LM head."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def num_key_value_heads(self) -> int:
-        raise NotImplementedError
+        """Heads of keys and values in the cache."""
 
     @property
+    @abstractmethod
     def head_dim(self) -> int:
-        raise NotImplementedError
+        """Features of one head."""
 
     @property
+    @abstractmethod
     def max_positions(self) -> int | None:
         """Rows of the original's rotary table: positions from here on are refused. None: no limit."""
-        raise NotImplementedError
 
 
 class ChatGLMConfig(ArchitectureConfig):
