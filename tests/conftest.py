@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("chatglm_ov", deadline=None)
+hypothesis.settings.load_profile("chatglm_ov")
 
 TESTS = Path(__file__).parent
 SHARED = TESTS.parent.parent / "shared"
@@ -22,6 +28,14 @@ def shared() -> Path:
     if not (SHARED / "golden").is_dir():
         pytest.skip("../shared/golden is not here: only the goldens in tests/data are checked")
     return SHARED
+
+
+def pytest_configure() -> None:
+    """A shell that starts the tests in the background has SIGINT ignored, nohup has SIGHUP ignored, and a process
+    under test would inherit that. One that is caught here is the system's default there."""
+    for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
