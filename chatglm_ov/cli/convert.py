@@ -47,8 +47,10 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
-def convert_with_report(checkpoint: Path, output: Path, weight_formats: Sequence[str], **options: Any) -> None:
-    """`chatglm_ov.convert`, with the plan told before and the sizes after it."""
+def convert_with_report(
+    checkpoint: Path, output: Path, weight_formats: Sequence[str], called: str | None = None, **options: Any
+) -> None:
+    """`chatglm_ov.convert`, with the plan told before and the sizes after it; `called` stands for `output` there."""
     from chatglm_ov.cli.tables import print_table
     from chatglm_ov.conversion import convert
     from chatglm_ov.runtime import weight_formats as formats_in
@@ -58,7 +60,7 @@ def convert_with_report(checkpoint: Path, output: Path, weight_formats: Sequence
         convert(checkpoint, output, weight_formats, **options)
     rows = [(name, size(folder_bytes(output / name))) for name in formats_in(output)]
     others = sum(file.stat().st_size for file in output.iterdir() if file.is_file())
-    print(f"written to {output}")
+    print(f"written to {called or output}")
     print_table(("weight format", "size"), [*rows, ("configuration, tokenizer", size(others))])
 
 

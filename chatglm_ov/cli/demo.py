@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     with _output_folder(arguments.output) as output:
-        convert_with_report(CHECKPOINT, output, DEFAULT_FORMATS, overwrite=arguments.overwrite)
+        called = "a temporary folder" if arguments.output is None else None
+        convert_with_report(CHECKPOINT, output, DEFAULT_FORMATS, called, overwrite=arguments.overwrite)
         wrong = [name for name in DEFAULT_FORMATS if not recites(output, name)]
     if wrong:
         print(f"chatglm-ov: error: {' and '.join(wrong)} did not answer with the poem {POEM}", file=sys.stderr)
