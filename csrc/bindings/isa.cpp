@@ -1,0 +1,21 @@
+#include "bindings.h"
+#include "kernels/table.h"
+
+namespace chatglm {
+
+void bind_isa(nanobind::module_& module) {
+    module.attr("ISA_LEVELS") = std::vector<std::string>(kIsaNames.begin(), kIsaNames.end());
+    module.def(
+        "present_isa_levels",
+        [] {
+            std::vector<std::string> names;
+            for (Isa isa : present_levels()) names.emplace_back(name(isa));
+            return names;
+        },
+        "Names of the instruction set levels of this machine, lowest first.");
+    module.def(
+        "isa", [] { return std::string(name(kernels().isa)); },
+        "The level in use: the highest present, or CHATGLM_OV_ISA.");
+}
+
+}  // namespace chatglm

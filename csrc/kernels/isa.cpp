@@ -1,0 +1,99 @@
+#include "kernels/isa.h"
+
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "kernels/amx/trial.h"
+
+namespace chatglm {
+namespace {
+
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
+bool has_avx512_bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
+
+// Bits 22, 24, 25 of CPUID leaf 7: amx-bf16, amx-tile, amx-int8.
+bool has_amx_flags() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kNeeded) == kNeeded;
+}
+
+// Linux gives a process the use of tile data on request only.
+bool request_amx_permission() {
+    constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+    constexpr long kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool has_amx() {
+    return has_avx512_bf16() && has_amx_flags() && request_amx_permission() && amx::one_tile_trial();
+}
+
+std::string names_of(const std::vector<Isa>& levels) {
+    std::string joined;
+    for (Isa isa : levels) {
+        joined += (joined.empty() ? "" : ", ") + std::string(name(isa));
+    }
+    return joined.empty() ? "none" : joined;
+}
+
+}  // namespace
+
+bool is_present(Isa isa) {
+    static const std::array<bool, 4> present{has_avx2(), has_avx512(), has_avx512_bf16(), has_amx()};
+    return present[static_cast<size_t>(isa)];
+}
+
+std::vector<Isa> present_levels() {
+    std::vector<Isa> levels;
+    for (size_t i = 0; i < kIsaNames.size(); ++i) {
+        if (is_present(static_cast<Isa>(i))) {
+            levels.push_back(static_cast<Isa>(i));
+        }
+    }
+    return levels;
+}
+
+Isa parse_isa(const std::string& wanted) {
+    for (size_t i = 0; i < kIsaNames.size(); ++i) {
+        if (wanted == kIsaNames[i]) {
+            return static_cast<Isa>(i);
+        }
+    }
+    throw std::invalid_argument("CHATGLM_OV_ISA: '" + wanted + "', wanted one of avx2, avx512, avx512_bf16, amx");
+}
+
+Isa selected_isa() {
+    const auto present = present_levels();
+    if (present.empty()) {
+        throw std::runtime_error("processor: no AVX2, wanted one of avx2, avx512, avx512_bf16, amx");
+    }
+    const char* forced = std::getenv("CHATGLM_OV_ISA");
+    if (forced == nullptr || *forced == '\0') {
+        return present.back();
+    }
+    const Isa isa = parse_isa(forced);
+    if (!is_present(isa)) {
+        throw std::runtime_error("CHATGLM_OV_ISA: '" + std::string(forced) +
+                                 "' is not on this machine, wanted one of " + names_of(present));
+    }
+    return isa;
+}
+
+}  // namespace chatglm

@@ -1,0 +1,38 @@
+// Instruction set levels: what each needs, which one this process uses.
+#pragma once
+
+#include <array>
+#include <string>
+#include <vector>
+
+namespace chatglm {
+
+// In rising order: a level's kernels include those of the levels below it.
+enum class Isa {
+    avx2,         // AVX2, FMA, F16C
+    avx512,       // + AVX-512 F, BW, DQ, VL, VNNI
+    avx512_bf16,  // + AVX-512 BF16
+    amx,          // + AMX tiles, int8, bf16, with the permission of the system
+};
+
+constexpr std::array<const char*, 4> kIsaNames{"avx2", "avx512", "avx512_bf16", "amx"};
+
+inline const char* name(Isa isa) {
+    return kIsaNames[static_cast<size_t>(isa)];
+}
+
+// Whether this processor and system run a level. AMX is tried with one tile, because flags do not tell of limits
+// that a virtual machine or the system sets.
+bool is_present(Isa isa);
+
+// All levels present, lowest first; empty on a processor without AVX2.
+std::vector<Isa> present_levels();
+
+// The level of this name. Throws std::invalid_argument that lists the names.
+Isa parse_isa(const std::string& name);
+
+// The level in use: the highest present one, or the one that CHATGLM_OV_ISA names. Throws std::runtime_error when
+// that one, or every level, is absent.
+Isa selected_isa();
+
+}  // namespace chatglm

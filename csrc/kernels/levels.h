@@ -1,0 +1,37 @@
+// The parts that each level offers; levels.cpp puts the tables together.
+#pragma once
+
+#include "kernels/table.h"
+
+namespace chatglm {
+
+namespace avx2 {
+const KernelTable& table();
+FullyConnectedKernel fully_connected(WeightFormat format);
+AttentionKernel attention();
+ElementwiseKernel elementwise();
+LimitKernel limit();
+}  // namespace avx2
+
+namespace avx512 {
+const KernelTable& table();
+FullyConnectedKernel fully_connected(WeightFormat format);
+AttentionKernel attention();
+ElementwiseKernel elementwise();
+LimitKernel limit();
+}  // namespace avx512
+
+namespace avx512_bf16 {
+const KernelTable& table();
+FullyConnectedKernel fully_connected_bf16();
+LimitKernel limit();
+}  // namespace avx512_bf16
+
+namespace amx {
+const KernelTable& table();
+FullyConnectedKernel fully_connected(WeightFormat format);  // bf16, int8, int4
+AttentionKernel attention();
+LimitKernel limit();
+}  // namespace amx
+
+}  // namespace chatglm

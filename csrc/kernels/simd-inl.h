@@ -1,0 +1,137 @@
+// Vectors of floats as wide as the level that the including file is compiled for, by GCC's vector extension.
+//
+// Included by files in kernels/<level>/ only, inside their own namespace, so that no function of one level is taken
+// for another by the linker: everything here has internal linkage.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace chatglm {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+
+inline Floats load(const float* p) {
+    Floats v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store(float* p, Floats v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+// The first n < kLanes floats; the others are 0.
+inline Floats load_part(const float* p, int64_t n) {
+    float lanes[kLanes] = {};
+    std::memcpy(lanes, p, static_cast<size_t>(n) * 4);
+    return load(lanes);
+}
+
+inline void store_part(float* p, Floats v, int64_t n) {
+    float lanes[kLanes];
+    store(lanes, v);
+    std::memcpy(p, lanes, static_cast<size_t>(n) * 4);
+}
+
+// Minus zero keeps every value as it is, -0.0 and NaN too.
+inline Floats broadcast(float value) {
+    return value - Floats{};
+}
+
+inline float sum_of(Floats v) {
+    float lanes[kLanes];
+    store(lanes, v);
+    // Pairwise, in a fixed order.
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0];
+}
+
+inline Floats max_of(Floats a, Floats b) {
+    return a > b ? a : b;
+}
+
+inline Floats min_of(Floats a, Floats b) {
+    return a < b ? a : b;
+}
+
+inline float largest_of(Floats v) {
+    float lanes[kLanes];
+    store(lanes, v);
+    float largest = lanes[0];
+    for (int i = 1; i < kLanes; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+    return largest;
+}
+
+inline Ints bits_of(Floats v) {
+    Ints bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    return bits;
+}
+
+inline Floats floats_of_bits(Ints bits) {
+    Floats v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+inline Floats absolute(Floats v) {
+    return floats_of_bits(bits_of(v) & 0x7fffffff);
+}
+
+// exp(x) to 2 units in the last place for x in [-87, 88]; smaller x give 0, larger ones infinity, NaN gives NaN.
+// x = n ln2 + r with |r| <= ln2 / 2; exp(r) by its Taylor polynomial of degree 7 (error 5e-9), times 2^n.
+inline Floats exp_of(Floats x) {
+    const Floats low = broadcast(-87.33654f), high = broadcast(88.72283f);
+    const Floats inside = min_of(max_of(x, low), high);
+    const Floats scaled = inside * 1.44269504f;
+    const Ints n = __builtin_convertvector(scaled + (scaled < 0 ? broadcast(-0.5f) : broadcast(0.5f)), Ints);
+    const Floats whole = __builtin_convertvector(n, Floats);
+    // ln2 in two parts, the first with few bits, so that whole * first is exact.
+    const Floats r = inside - whole * 0.693359375f + whole * 2.12194440e-4f;
+    Floats p = broadcast(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    // 2^n in two factors: n = 128 has no float of its own.
+    const Ints half = n >> 1;
+    const Floats result = p * floats_of_bits((half + 127) << 23) * floats_of_bits((n - half + 127) << 23);
+    const Floats bounded = x < low ? Floats{} : x > high ? broadcast(std::numeric_limits<float>::infinity()) : result;
+    return x == x ? bounded : x;
+}
+
+// 1 / (1 + exp(-x)).
+inline Floats sigmoid_of(Floats x) {
+    return 1.0f / (1.0f + exp_of(-x));
+}
+
+inline Floats silu_of(Floats x) {
+    return x * sigmoid_of(x);
+}
+
+// GELU in its tanh form: 0.5 x (1 + tanh(u)) = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
+inline Floats gelu_tanh_of(Floats x) {
+    const Floats u = 0.797884561f * (x + 0.044715f * x * x * x);
+    return x * sigmoid_of(2.0f * u);
+}
+
+}  // namespace
+}  // namespace chatglm
