@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -15,5 +16,6 @@ using MutableArray = nanobind::ndarray<T, nanobind::ndim<kDims>, nanobind::c_con
 
 void bind_isa(nanobind::module_& module);
 void bind_packing(nanobind::module_& module);
+void bind_fully_connected(nanobind::module_& module);
 
 }  // namespace chatglm

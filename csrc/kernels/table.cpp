@@ -7,6 +7,13 @@
 
 namespace chatglm {
 
+Activation parse_activation(const std::string& name) {
+    if (name == "none") return Activation::none;
+    if (name == "gelu_tanh") return Activation::gelu_tanh;
+    if (name == "silu_gate") return Activation::silu_gate;
+    throw std::invalid_argument("activation: '" + name + "', wanted one of none, gelu_tanh, silu_gate");
+}
+
 const KernelTable& kernels(Isa isa) {
     if (!is_present(isa)) {
         throw std::runtime_error("instruction set: '" + std::string(name(isa)) + "' is not on this machine");

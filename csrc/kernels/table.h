@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "kernels/cache_layout.h"
 #include "kernels/isa.h"
@@ -13,6 +14,9 @@
 namespace chatglm {
 
 enum class Activation { none, gelu_tanh, silu_gate };
+
+// Throws std::invalid_argument that lists the names.
+Activation parse_activation(const std::string& name);
 
 // y = activation(x W^T + bias) + residual_scale * residual.
 // silu_gate: panels 2 i hold the gate, panels 2 i + 1 what it multiplies; panel pair i makes features 16 i of y.

@@ -1,0 +1,40 @@
+#include "ops/fully_connected_run.h"
+
+#include "kernels/memory.h"
+#include "ops/parallel.h"
+
+namespace chatglm {
+namespace {
+
+// Pieces of the output features a thread takes: enough to even out disturbances, few enough that one is long
+// against the start of a task.
+constexpr int64_t kPiecesPerThread = 8;
+
+void run_rows(const FullyConnectedKernel& kernel, const FullyConnectedCall& call, int64_t begin, int64_t rows) {
+    static thread_local Scratch scratch;
+    uint8_t* prepared = scratch.get<uint8_t>(kernel.prepared_bytes(call.layout, rows, call.activation_bits));
+    const int64_t columns = call.layout.in_features;
+    const float* x = call.x + begin * columns;
+    parallel_pieces(rows, kernel.prepare_step, 1, [&](int64_t first, int64_t last) {
+        kernel.prepare(call.layout, rows, call.activation_bits, x, columns, first, last, prepared);
+    });
+    FullyConnectedTask task{call.layout, call.weight, rows, call.activation_bits, prepared, call.epilogue,
+                            call.y + begin * call.y_features, call.y_features, call.y_features};
+    if (task.epilogue.residual != nullptr) {
+        task.epilogue.residual += begin * task.epilogue.residual_stride;
+    }
+    const int64_t step = call.epilogue.activation == Activation::silu_gate ? 2 : 1;
+    parallel_pieces(call.layout.panels(), 2 * step, kPiecesPerThread,
+                    [&](int64_t first, int64_t last) { kernel.multiply(task, first, last); });
+}
+
+}  // namespace
+
+void run(const KernelTable& table, const FullyConnectedCall& call) {
+    const FullyConnectedKernel& kernel = table.fully_connected[static_cast<int>(call.layout.format)];
+    for (int64_t begin = 0; begin < call.rows; begin += kMaxRows) {
+        run_rows(kernel, call, begin, std::min(kMaxRows, call.rows - begin));
+    }
+}
+
+}  // namespace chatglm
