@@ -1,6 +1,6 @@
 // From the sums of a FullyConnected to y: channel scale, bias, activation, residual, store.
 //
-// Included by kernels/<level>/fully_connected*.cpp inside an anonymous namespace of their own; see simd-inl.h.
+// Included by kernels/<level>/fully_connected*.cpp only; everything here has internal linkage, see simd-inl.h.
 #pragma once
 
 #include "kernels/simd-inl.h"

@@ -1,0 +1,77 @@
+// What the FullyConnected kernels of every level do alike: rows of x to integers, and the choice of a tile by its rows.
+//
+// Included by kernels/<level>/fully_connected*.cpp only; everything here has internal linkage, see simd-inl.h.
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <type_traits>
+
+#include "kernels/simd-inl.h"
+#include "kernels/table.h"
+
+namespace chatglm {
+namespace {
+
+typedef int16_t Shorts __attribute__((vector_size(kLanes * 2)));
+
+inline int64_t activation_blocks(const PackedLayout& layout) {
+    return (layout.padded_in() + kActivationBlock - 1) / kActivationBlock;
+}
+
+// Columns of a block with the padding of the weight, a multiple of 64.
+inline int64_t block_columns(const PackedLayout& layout, int64_t block) {
+    return std::min(kActivationBlock, layout.padded_in() - block * kActivationBlock);
+}
+
+// Part of a row of x that ends with `count` columns; zero behind them.
+inline Floats load_before(const float* x, int64_t column, int64_t count) {
+    if (column + kLanes <= count) return load(x + column);
+    return column < count ? load_part(x + column, count - column) : Floats{};
+}
+
+// Bits of the largest |x| of a block: NaN is larger than infinity, infinity larger than any number.
+inline int32_t largest_bits(const float* x, int64_t count) {
+    Ints largest{};
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Ints bits = bits_of(absolute(load_before(x, i, count)));
+        largest = bits > largest ? bits : largest;
+    }
+    int32_t result = 0;
+    for (int i = 0; i < kLanes; ++i) result = std::max(result, largest[i]);
+    return result;
+}
+
+// Quantizes `count` columns of a row (one block, table.h) and returns their scale; q [columns] is 0 from `count` on.
+// The scale is a normal number: a quotient of subnormal ones could leave the range of q.
+// A block with a value that is not finite has the scale NaN and q = 0, so that the outputs of its row become NaN.
+inline float quantize_block(const float* x, int64_t count, int64_t columns, int activation_bits, int16_t* q) {
+    const int32_t bits = largest_bits(x, count);
+    if (bits >= 0x7f800000) {
+        std::fill(q, q + columns, int16_t{0});
+        return std::numeric_limits<float>::quiet_NaN();
+    }
+    float largest;
+    std::memcpy(&largest, &bits, 4);
+    const float scale = std::max(largest / (activation_bits == 16 ? 32639.0f : 127.0f), FLT_MIN);
+    // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
+    const float shift = 12582912.0f;
+    for (int64_t i = 0; i < columns; i += kLanes) {
+        const Ints whole = bits_of(load_before(x, i, count) / scale + shift) - bits_of(broadcast(shift));
+        const Shorts narrow = __builtin_convertvector(whole, Shorts);
+        std::memcpy(q + i, &narrow, sizeof narrow);
+    }
+    return scale;
+}
+
+// Calls tile(std::integral_constant<int, rows>()), with rows in 1..kMost.
+template <int kMost, typename Tile>
+inline void with_rows(int64_t rows, const Tile& tile) {
+    if constexpr (kMost > 1) {
+        if (rows < kMost) return with_rows<kMost - 1>(rows, tile);
+    }
+    tile(std::integral_constant<int, kMost>());
+}
+
+}  // namespace
+}  // namespace chatglm
