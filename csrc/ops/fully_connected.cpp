@@ -1,0 +1,58 @@
+#include "ops/fully_connected.h"
+
+#include "ops/fully_connected_run.h"
+
+namespace chatglm {
+
+void FullyConnected::validate_and_infer_types() {
+    check_version();
+    check_inputs(2 + static_cast<size_t>(bias_ + residual_));
+    const auto [packed, activation] = or_throw("FullyConnected", [&] {
+        weight_.layout().check();
+        return std::make_pair(weight_.layout(), parse_activation(activation_));
+    });
+    const int64_t padded = packed.panels() * kPanel;
+    const int64_t most = activation == Activation::silu_gate ? padded / 2 : weight_.out_features;
+    OPENVINO_ASSERT(y_features_ > 0 && y_features_ <= most, "FullyConnected: y_features ", y_features_, ", wanted 1 to ",
+                    most);
+    OPENVINO_ASSERT(activation_bits_ == 8 || activation_bits_ == 16, "FullyConnected: activation_bits ",
+                    activation_bits_, ", wanted 8 or 16");
+    check_type(0, ov::element::f32);
+    check_type(1, ov::element::u8);
+    check_last_dim(0, weight_.in_features);
+    check_elements(1, packed.bytes());
+    if (bias_) check_elements(2, padded);
+    if (residual_) check_last_dim(static_cast<size_t>(2 + bias_), y_features_);
+    auto shape = get_input_partial_shape(0);
+    if (shape.rank().is_static()) shape[shape.size() - 1] = y_features_;
+    set_output_type(0, ov::element::f32, shape);
+}
+
+bool FullyConnected::visit_attributes(ov::AttributeVisitor& visitor) {
+    weight_.visit(visitor);
+    visitor.on_attribute("y_features", y_features_);
+    visitor.on_attribute("activation", activation_);
+    visitor.on_attribute("bias", bias_);
+    visitor.on_attribute("residual", residual_);
+    visitor.on_attribute("residual_scale", residual_scale_);
+    visitor.on_attribute("activation_bits", activation_bits_);
+    return Operation::visit_attributes(visitor);
+}
+
+bool FullyConnected::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+    const ov::Tensor& x = inputs[0];
+    const int64_t rows = static_cast<int64_t>(x.get_size()) / weight_.in_features;
+    Epilogue epilogue;
+    epilogue.activation = parse_activation(activation_);
+    epilogue.bias = bias_ ? inputs[2].data<const float>() : nullptr;
+    if (residual_) {
+        epilogue.residual = inputs[static_cast<size_t>(2 + bias_)].data<const float>();
+        epilogue.residual_stride = y_features_;
+        epilogue.residual_scale = residual_scale_;
+    }
+    run(kernels(), {weight_.layout(), inputs[1].data<const uint8_t>(), static_cast<int>(activation_bits_), rows,
+                    x.data<const float>(), epilogue, outputs[0].data<float>(), y_features_});
+    return true;
+}
+
+}  // namespace chatglm

@@ -1,0 +1,29 @@
+// y = activation(x W^T + bias) + residual_scale * residual over a packed weight.
+#pragma once
+
+#include "kernels/table.h"
+#include "ops/operation.h"
+
+namespace chatglm {
+
+// Inputs: x float32 [..., in_features], weight uint8 (payload of packing.h), bias float32 [16 panels] if `bias`,
+// residual float32 [..., y_features] if `residual`. Output: float32 [..., y_features].
+class FullyConnected : public Cloned<FullyConnected> {
+public:
+    OPENVINO_OP("FullyConnected", "chatglm", Operation);
+    using Cloned::Cloned;
+
+    void validate_and_infer_types() override;
+    bool visit_attributes(ov::AttributeVisitor& visitor) override;
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
+
+private:
+    PackedAttributes weight_;
+    std::string activation_ = "none";
+    int64_t y_features_ = 0;
+    int64_t bias_ = 0, residual_ = 0;
+    int64_t activation_bits_ = 16;
+    float residual_scale_ = 1.0f;
+};
+
+}  // namespace chatglm

@@ -1,0 +1,71 @@
+#include "ops/multi_head_attention.h"
+
+#include <cstring>
+
+#include "ops/attention_run.h"
+
+namespace chatglm {
+namespace {
+
+enum Input : size_t { kQkv, kCos, kSin, kTable, kSlots, kVisible, kCache, kInputs };
+
+}  // namespace
+
+void MultiHeadAttention::validate_and_infer_types() {
+    check_version();
+    check_inputs(kInputs);
+    OPENVINO_ASSERT(head_dim_ > 0 && num_key_value_heads_ > 0 && num_attention_heads_ % num_key_value_heads_ == 0,
+                    "MultiHeadAttention: ", num_attention_heads_, " heads, wanted a multiple of num_key_value_heads ",
+                    num_key_value_heads_);
+    for (size_t i : {kQkv, kCos, kSin}) check_type(i, ov::element::f32);
+    for (size_t i : {kTable, kSlots, kVisible}) check_type(i, ov::element::i32);
+    check_type(kCache, ov::element::u8);
+    check_last_dim(kQkv, (num_attention_heads_ + 2 * num_key_value_heads_) * head_dim_);
+    auto shape = get_input_partial_shape(kQkv);
+    if (shape.rank().is_static()) shape[2] = num_attention_heads_ * head_dim_;
+    set_output_type(0, ov::element::f32, shape);
+    if (!in_place_) {
+        set_output_type(1, ov::element::u8, get_input_partial_shape(kCache));
+    }
+}
+
+bool MultiHeadAttention::visit_attributes(ov::AttributeVisitor& visitor) {
+    visitor.on_attribute("num_attention_heads", num_attention_heads_);
+    visitor.on_attribute("num_key_value_heads", num_key_value_heads_);
+    visitor.on_attribute("head_dim", head_dim_);
+    visitor.on_attribute("in_place", in_place_);
+    return Operation::visit_attributes(visitor);
+}
+
+bool MultiHeadAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+    const ov::Tensor& cache = inputs[kCache];
+    // The plugin hands out the state's own buffer; the self-test at load makes sure of it.
+    auto* memory = const_cast<uint8_t*>(cache.data<const uint8_t>());
+    if (!in_place_) {
+        memory = outputs[1].data<uint8_t>();
+        std::memcpy(memory, cache.data(), cache.get_byte_size());
+    }
+    AttentionCall call{};
+    call.layout = cache_layout(num_key_value_heads_, head_dim_, dim(cache, 3));
+    call.num_attention_heads = num_attention_heads_;
+    call.batch = dim(inputs[kQkv], 0);
+    call.length = dim(inputs[kQkv], 1);
+    call.angles = dim(inputs[kCos], 2);
+    call.qkv = inputs[kQkv].data<const float>();
+    call.cos = inputs[kCos].data<const float>();
+    call.sin = inputs[kSin].data<const float>();
+    call.table_slots = dim(inputs[kTable], 1);
+    call.table = inputs[kTable].data<const int32_t>();
+    call.slots = inputs[kSlots].data<const int32_t>();
+    call.visible = inputs[kVisible].data<const int32_t>();
+    call.cache_rows = dim(cache, 0);
+    call.cache_blocks = dim(cache, 1);
+    call.cache = memory;
+    call.context = outputs[0].data<float>();
+    OPENVINO_ASSERT(dim(cache, 2) == num_key_value_heads_, "MultiHeadAttention: a cache of ", dim(cache, 2),
+                    " heads, wanted ", num_key_value_heads_);
+    run(kernels(), call);
+    return true;
+}
+
+}  // namespace chatglm

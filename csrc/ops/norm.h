@@ -1,0 +1,23 @@
+// RMSNorm and LayerNorm over the last dimension.
+#pragma once
+
+#include "ops/operation.h"
+
+namespace chatglm {
+
+// Inputs: x float32 [..., C], weight float32 [C], bias float32 [C] with kind "layer". Output: float32 [..., C].
+class Norm : public Cloned<Norm> {
+public:
+    OPENVINO_OP("Norm", "chatglm", Operation);
+    using Cloned::Cloned;
+
+    void validate_and_infer_types() override;
+    bool visit_attributes(ov::AttributeVisitor& visitor) override;
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
+
+private:
+    std::string kind_ = "rms";
+    float eps_ = 1e-5f;
+};
+
+}  // namespace chatglm

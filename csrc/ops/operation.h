@@ -1,0 +1,99 @@
+// What every operation of the extension shares.
+#pragma once
+
+#include <openvino/core/except.hpp>
+#include <openvino/op/op.hpp>
+
+#include "kernels/packing.h"
+
+namespace chatglm {
+
+// An operation with the version of the packed layouts as an attribute. Operations are evaluated by several streams
+// at once on one object: they hold attributes only.
+class Operation : public ov::op::Op {
+public:
+    OPENVINO_OP("Operation", "chatglm");
+    Operation() = default;
+    explicit Operation(const ov::OutputVector& arguments) : Op(arguments) {}
+
+    bool has_evaluate() const override { return true; }
+
+    bool visit_attributes(ov::AttributeVisitor& visitor) override {
+        visitor.on_attribute("packing_version", packing_version_);
+        return true;
+    }
+
+protected:
+    void check_version() const {
+        OPENVINO_ASSERT(packing_version_ == kPackingVersion, get_type_name(), ": packing_version ", packing_version_,
+                        ", wanted ", kPackingVersion, ": convert the checkpoint again with this version");
+    }
+
+    void check_inputs(size_t count) const {
+        OPENVINO_ASSERT(get_input_size() == count, get_type_name(), ": ", get_input_size(), " inputs, wanted ", count);
+    }
+
+    void check_type(size_t input, ov::element::Type wanted) const {
+        const auto& seen = get_input_element_type(input);
+        OPENVINO_ASSERT(seen == wanted || seen.is_dynamic(), get_type_name(), ": input ", input, " is ", seen,
+                        ", wanted ", wanted);
+    }
+
+    void check_elements(size_t input, int64_t count) const {
+        const auto& shape = get_input_partial_shape(input);
+        OPENVINO_ASSERT(shape.is_dynamic() || static_cast<int64_t>(ov::shape_size(shape.to_shape())) == count,
+                        get_type_name(), ": input ", input, " of shape ", shape, ", wanted ", count, " elements");
+    }
+
+    void check_last_dim(size_t input, int64_t size) const {
+        const auto& shape = get_input_partial_shape(input);
+        OPENVINO_ASSERT(shape.rank().is_dynamic() || (shape.size() > 0 && shape[shape.size() - 1].compatible(size)),
+                        get_type_name(), ": input ", input, " of shape ", shape, ", wanted a last dimension of ", size);
+    }
+
+    int64_t packing_version_ = kPackingVersion;
+};
+
+// An operation whose copy with other inputs is itself with other inputs.
+template <typename Derived>
+class Cloned : public Operation {
+public:
+    using Operation::Operation;
+    std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+        auto clone = std::make_shared<Derived>(static_cast<const Derived&>(*this));
+        clone->set_arguments(inputs);
+        clone->validate_and_infer_types();
+        return clone;
+    }
+};
+
+// The attributes of a packed weight.
+struct PackedAttributes {
+    std::string format = "int8";
+    int64_t out_features = 0, in_features = 0, group_size = 0;
+
+    PackedLayout layout() const { return {parse_format(format), out_features, in_features, group_size}; }
+
+    void visit(ov::AttributeVisitor& visitor) {
+        visitor.on_attribute("format", format);
+        visitor.on_attribute("out_features", out_features);
+        visitor.on_attribute("in_features", in_features);
+        visitor.on_attribute("group_size", group_size);
+    }
+};
+
+inline int64_t dim(const ov::Tensor& tensor, size_t axis) {
+    return static_cast<int64_t>(tensor.get_shape()[axis]);
+}
+
+// The reader of an IR has no other way to report: its message becomes one line.
+template <typename Function>
+auto or_throw(const char* operation, const Function& function) {
+    try {
+        return function();
+    } catch (const std::exception& error) {
+        OPENVINO_THROW(operation, ": ", error.what());
+    }
+}
+
+}  // namespace chatglm
