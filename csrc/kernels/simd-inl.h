@@ -93,29 +93,30 @@ inline Floats absolute(Floats v) {
     return floats_of_bits(bits_of(v) & 0x7fffffff);
 }
 
-// exp(x) to 2 units in the last place for x in [-87, 88]; smaller x give 0, larger ones infinity, NaN gives NaN.
-// x = n ln2 + r with |r| <= ln2 / 2; exp(r) by its Taylor polynomial of degree 7 (error 5e-9), times 2^n.
+// exp(x) to 1 unit in the last place for x in [-87.33654, 88.72283]; smaller x give 0, larger ones infinity, NaN gives
+// NaN. x = n ln2 + r with |r| <= ln2 / 2; exp(r) by the polynomial 1 + r + r^2 (..) of degree 6 whose largest relative
+// error is least (4e-9), times 2^n.
 inline Floats exp_of(Floats x) {
     const Floats low = broadcast(-87.33654f), high = broadcast(88.72283f);
-    const Floats inside = min_of(max_of(x, low), high);
-    const Floats scaled = inside * 1.44269504f;
-    const Ints n = __builtin_convertvector(scaled + (scaled < 0 ? broadcast(-0.5f) : broadcast(0.5f)), Ints);
-    const Floats whole = __builtin_convertvector(n, Floats);
-    // ln2 in two parts, the first with few bits, so that whole * first is exact.
-    const Floats r = inside - whole * 0.693359375f + whole * 2.12194440e-4f;
-    Floats p = broadcast(1.0f / 5040);
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
+    const Floats above = low > x ? low : x;  // NaN stays
+    const Floats inside = high < above ? high : above;
+    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    const Floats shift = broadcast(12582912.0f);
+    const Floats shifted = inside * 1.44269504f + shift;
+    const Floats n = shifted - shift;
+    // ln2 in two parts, the first with few bits, so that n * first is exact.
+    const Floats r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats p = broadcast(0.0013814539f);
+    p = p * r + 0.008368745f;
+    p = p * r + 0.04166839f;
+    p = p * r + 0.16666521f;
+    p = p * r + 0.49999994f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    // 2^n in two factors: n = 128 has no float of its own.
-    const Ints half = n >> 1;
-    const Floats result = p * floats_of_bits((half + 127) << 23) * floats_of_bits((n - half + 127) << 23);
-    const Floats bounded = x < low ? Floats{} : x > high ? broadcast(std::numeric_limits<float>::infinity()) : result;
-    return x == x ? bounded : x;
+    // p is in [0.7, 1.5): n goes into its exponent, and where n = 128, p is below 1.
+    const Floats result = floats_of_bits(bits_of(p) + (bits_of(shifted) << 23));
+    const Floats outside = x < low ? Floats{} : x + std::numeric_limits<float>::infinity();
+    return inside == x ? result : outside;
 }
 
 // 1 / (1 + exp(-x)).
