@@ -15,6 +15,7 @@ template <typename T, size_t kDims>
 using MutableArray = nanobind::ndarray<T, nanobind::ndim<kDims>, nanobind::c_contig, nanobind::device::cpu>;
 
 void bind_isa(nanobind::module_& module);
+void bind_limit(nanobind::module_& module);
 void bind_packing(nanobind::module_& module);
 void bind_fully_connected(nanobind::module_& module);
 

@@ -44,6 +44,7 @@ const KernelTable& table() {
     static const KernelTable table = [] {
         KernelTable level = avx512_bf16::table();
         level.isa = Isa::amx;
+        level.limit = limit();
         return level;
     }();
     return table;

@@ -103,7 +103,7 @@ struct ElementwiseKernel {
                    float* y);
 };
 
-// What `chatglm-ov bench` measures shares against. Each runs for about a tenth of a second on the calling thread.
+// What `chatglm-ov bench` measures shares against.
 struct LimitKernel {
     // Reads `bytes` once, in order.
     void (*read)(const uint8_t* data, int64_t bytes);
