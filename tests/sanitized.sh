@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The tests of the native library against a build with AddressSanitizer and UndefinedBehaviorSanitizer.
+# Usage: tests/sanitized.sh [PYTHON]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${1:-.venv/bin/python}
+build=build/sanitized
+
+"$python" -m pip install --quiet --constraint constraints.txt cmake ninja nanobind
+PATH="$(dirname "$python"):$PATH"
+cmake -S . -B "$build" -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" -DCHATGLM_OV_SANITIZE=ON >/dev/null
+cmake --build "$build"
+library=$(ls "$build"/_native*.so)
+
+# The runtimes of the sanitizers come first in the process. TBB must not load its helpers apart from them. Python
+# frees little at its end, so leaks are not looked for. Reports go to a file: pytest holds the error stream.
+reports=$PWD/$build/report
+rm -f "$reports".*
+status=0
+env LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so.6)" \
+    ASAN_OPTIONS="detect_leaks=0:log_path=$reports" \
+    UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1:log_path=$reports" \
+    TBB_ENABLE_SANITIZERS=1 HYPOTHESIS_MAX_EXAMPLES=10 CHATGLM_OV_NATIVE="$PWD/$library" \
+    "$python" -m pytest -q tests/test_native_*.py || status=$?
+cat "$reports".* 2>/dev/null || true
+exit "$status"
