@@ -1,0 +1,59 @@
+// FullyConnected for bf16 weights by the BF16 dot product: two columns of K, both factors bfloat16, sums float32.
+//
+// With few rows, where reading the weights is all that takes time, x stays float32 as in the level below.
+#include <cstring>
+
+#include "kernels/fully_connected_float-inl.h"
+#include "kernels/half.h"
+#include "kernels/levels.h"
+
+namespace chatglm {
+namespace {
+
+constexpr int64_t kFloatRows = 4;
+
+struct Dot {
+    static constexpr int kParts = 1, kColumns = 2;
+
+    static Floats part(const uint8_t* line, int) { return Floats(_mm512_loadu_si512(line)); }
+
+    static Floats add(Floats sum, Floats weights, Floats x) {
+        return Floats(_mm512_dpbf16_ps(__m512(sum), (__m512bh)weights, (__m512bh)x));
+    }
+
+    static void convert(const float* x, int64_t count, int64_t columns, uint32_t* words) {
+        for (int64_t i = 0; i < columns; i += 2) {
+            const uint32_t even = i < count ? bf16_of_float(x[i]) : 0u;
+            const uint32_t odd = i + 1 < count ? bf16_of_float(x[i + 1]) : 0u;
+            words[i / 2] = even | odd << 16;
+        }
+    }
+};
+
+FullyConnectedKernel kernel_for(int64_t rows) {
+    return rows <= kFloatRows ? avx512::fully_connected(WeightFormat::bf16) : kernel<Dot>();
+}
+
+int64_t choose_prepared_bytes(const PackedLayout& layout, int64_t rows, int activation_bits) {
+    return kernel_for(rows).prepared_bytes(layout, rows, activation_bits);
+}
+
+void choose_prepare(const PackedLayout& layout, int64_t rows, int activation_bits, const float* x, int64_t x_stride,
+                    int64_t begin, int64_t end, void* prepared) {
+    kernel_for(rows).prepare(layout, rows, activation_bits, x, x_stride, begin, end, prepared);
+}
+
+void choose_multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
+    kernel_for(task.rows).multiply(task, begin, end);
+}
+
+}  // namespace
+
+namespace avx512_bf16 {
+
+FullyConnectedKernel fully_connected_bf16() {
+    return {choose_prepared_bytes, choose_prepare, kManyRows, choose_multiply};
+}
+
+}  // namespace avx512_bf16
+}  // namespace chatglm

@@ -1,0 +1,133 @@
+// FullyConnected for weights that are multiplied as floats, AVX-512: rows of x by panels, a line of weights at a time.
+//
+// Included by kernels/avx512*/fully_connected*.cpp only; everything here has internal linkage, see simd-inl.h. A Format
+// says how a line of 64 bytes meets x, whose rows are words of 4 bytes:
+//   kParts                       products of a line: vectors of weights, and words of x that each row has for it
+//   kColumns                     columns of a line
+//   part(line, i)                the vector i of a line
+//   add(sum, weights, word)      sum plus the products
+//   convert(x, count, columns, words)   columns of x to words, those from `count` on zero
+#pragma once
+
+#include <algorithm>
+
+#include "kernels/epilogue-inl.h"
+#include "kernels/fully_connected-inl.h"
+#include "kernels/memory.h"
+
+namespace chatglm {
+namespace {
+
+constexpr int kLineBytes = 64;
+// Of a panel: two panels of a block stay in the first-level cache while all rows pass.
+constexpr int kBlockLines = 128;
+// A mapped file has pages of 4 KB, at whose ends the processor's own prefetcher stops.
+constexpr int kPrefetchBytes = 2048;
+// Two panels by 12 rows are 24 accumulators, a register each; four panels are for few rows.
+constexpr int kManyRows = 12, kFewRows = 4;
+
+// Prepared: words [tile of 12 rows][word][row of the tile].
+template <typename Format>
+int64_t words_of_row(const PackedLayout& layout) {
+    return layout.padded_in() / Format::kColumns * Format::kParts;
+}
+
+template <typename Format>
+int64_t prepared_bytes(const PackedLayout& layout, int64_t rows, int) {
+    return words_of_row<Format>(layout) * rows * 4;
+}
+
+template <typename Format>
+void prepare(const PackedLayout& layout, int64_t rows, int, const float* x, int64_t x_stride, int64_t begin,
+             int64_t end, void* prepared) {
+    constexpr int64_t kColumnsAtATime = kBlockLines * Format::kColumns;
+    alignas(kLineBytes) uint32_t words[kBlockLines * Format::kParts];
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t first = row / kManyRows * kManyRows, in_tile = std::min<int64_t>(kManyRows, rows - first);
+        uint32_t* out = static_cast<uint32_t*>(prepared) + first * words_of_row<Format>(layout) + row - first;
+        for (int64_t start = 0; start < layout.padded_in(); start += kColumnsAtATime) {
+            const int64_t columns = std::min(kColumnsAtATime, layout.padded_in() - start);
+            const float* from = x + row * x_stride + start;
+            Format::convert(from, std::min(columns, layout.in_features - start), columns, words);
+            const int64_t count = columns / Format::kColumns * Format::kParts;
+            for (int64_t i = 0; i < count; ++i, out += in_tile) *out = words[i];
+        }
+    }
+}
+
+// Adds the products of some lines to the sums [row][panel][16] of a tile.
+template <typename Format, int kRows, int kPanels>
+[[gnu::noinline]] void multiply_tile(const uint8_t* weight, int64_t panel_bytes, int64_t lines, const uint32_t* x,
+                                     float* sums) {
+    Floats sum[kRows][kPanels];
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) sum[r][p] = load(sums + (r * kPanels + p) * kPanel);
+    }
+    do {
+#pragma GCC unroll 2
+        for (int part = 0; part < Format::kParts; ++part) {
+            Floats w[kPanels];
+#pragma GCC unroll 4
+            for (int p = 0; p < kPanels; ++p) {
+                const uint8_t* line = weight + p * panel_bytes;
+                w[p] = Format::part(line, part);
+                if (part == 0) _mm_prefetch(line + kPrefetchBytes, _MM_HINT_T0);
+            }
+#pragma GCC unroll 12
+            for (int r = 0; r < kRows; ++r) {
+                const Floats word = Floats(_mm512_set1_epi32(static_cast<int32_t>(x[part * kRows + r])));
+#pragma GCC unroll 4
+                for (int p = 0; p < kPanels; ++p) sum[r][p] = Format::add(sum[r][p], w[p], word);
+            }
+        }
+        weight += kLineBytes;
+        x += Format::kParts * kRows;
+    } while (--lines > 0);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) store(sums + (r * kPanels + p) * kPanel, sum[r][p]);
+    }
+}
+
+template <typename Format, int kPanels>
+void multiply_panels(const FullyConnectedTask& task, int64_t panel) {
+    constexpr int kRows = kPanels == 4 ? kFewRows : kManyRows, kStride = kPanels * kPanel;
+    static thread_local Scratch scratch;
+    float* sums = scratch.get<float>(task.rows * kStride);
+    std::fill(sums, sums + task.rows * kStride, 0.0f);
+    const PackedLayout& layout = task.layout;
+    const int64_t lines = layout.padded_in() / Format::kColumns, panel_bytes = layout.panel_bytes();
+    for (int64_t line = 0; line < lines; line += kBlockLines) {
+        const uint8_t* weight = layout.panel(task.weight, panel) + line * kLineBytes;
+        for (int64_t row = 0; row < task.rows; row += kRows) {
+            with_rows<kRows>(task.rows - row, [&](auto rows) {
+                const auto* x = static_cast<const uint32_t*>(task.prepared) + row * lines * Format::kParts +
+                                line * Format::kParts * rows;
+                multiply_tile<Format, rows, kPanels>(weight, panel_bytes, std::min<int64_t>(kBlockLines, lines - line),
+                                                     x, sums + row * kStride);
+            });
+        }
+    }
+    finish(task, panel, panel + kPanels, sums, kStride);
+}
+
+template <typename Format>
+void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
+    int64_t panel = begin;
+    if (task.rows <= kFewRows) {
+        for (; panel + 4 <= end; panel += 4) multiply_panels<Format, 4>(task, panel);
+    }
+    for (; panel + 2 <= end; panel += 2) multiply_panels<Format, 2>(task, panel);
+    if (panel < end) multiply_panels<Format, 1>(task, panel);
+}
+
+template <typename Format>
+FullyConnectedKernel kernel() {
+    return {prepared_bytes<Format>, prepare<Format>, kManyRows, multiply<Format>};
+}
+
+}  // namespace
+}  // namespace chatglm
