@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
+from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,18 @@ from tqdm import tqdm
 from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.config import ArchitectureConfig, RopeRatioMeaning, parse_config, read_config_json
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.lowering.stock import StockLowering
+from chatglm_ov.lowering import Lowering
 from chatglm_ov.models import architecture
+from chatglm_ov.native import native, unavailable
 from chatglm_ov.sizes import size
 from chatglm_ov.tokenizer import save_tokenizer_files
 from chatglm_ov.weight_files import FLOATS
 from chatglm_ov.weights.file import WeightsFile
-from chatglm_ov.weights.formats import FORMATS, TABLE_FORMATS
-from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, write_ir
+from chatglm_ov.weights.formats import FORMATS, stored_format
+from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, write_ir
+from chatglm_ov.weights.packing import layout_of
 from chatglm_ov.weights.store import BLOCK_BYTES, Progress, WeightStore
 
-LOWERINGS = {"stock": StockLowering}
 OPS = ("fused", "stock")
 
 LIBRARIES_BYTES = 300_000_000
@@ -83,7 +85,7 @@ def convert(
 
     weight_formats: any of f32, bf16, int8 (a scale per output channel), int4 (a scale and a zero point per 128
     columns; embedding and LM head int8). ops: `stock` builds the graph from OpenVINO's own operations; `fused` from
-    our C++ ops where this build has them, and is `stock` where it has not.
+    those of the native library, and is `stock`, with a warning, where that cannot be used.
     rope_ratio_meaning: `position` or `base`, where the checkpoint's config.json does not tell (see
     `ChatGLM2Config`). overwrite: replace a non-empty `output`. Returns `output`.
 
@@ -97,7 +99,7 @@ def convert(
     ops = available_ops(ops)
     with Checkpoint.open(source) as weights:
         _verify(config, weights)
-        plan = make_plan(config, weights, weight_formats)
+        plan = make_plan(config, weights, weight_formats, ops)
         log.info("%s", plan)
         _check_disk(plan, target)
         with _finished_or_nothing(target.resolve(), overwrite) as partial, _progress_bar(plan, progress) as report:
@@ -108,40 +110,50 @@ def convert(
 
 
 def available_ops(ops: str) -> str:
-    """The lowering that is used when `ops` is asked for."""
-    if ops in LOWERINGS:
+    """The lowering that is used when `ops` is asked for; a warning says why it is another one."""
+    reason = unavailable() if ops == "fused" else None
+    if reason is None:
         return ops
-    log.debug("this build has no %s ops: the stock lowering is used", ops)
+    log.warning("no fused operations (%s): the stock lowering is used", " ".join(reason.split()))
     return "stock"
 
 
-def plan_conversion(checkpoint: str | Path, weight_formats: Sequence[str] = ("bf16", "int8")) -> Plan:
+def _lowering(ops: str, store: WeightStore) -> Lowering:
+    module = import_module(f"chatglm_ov.lowering.{ops}")
+    return getattr(module, f"{ops.capitalize()}Lowering")(store)
+
+
+def plan_conversion(
+    checkpoint: str | Path, weight_formats: Sequence[str] = ("bf16", "int8"), ops: str = "fused"
+) -> Plan:
     """What `convert` would do, after checking the checkpoint's names and shapes."""
     config = parse_config(read_config_json(checkpoint), Path(checkpoint) / "config.json")
     with Checkpoint.open(Path(checkpoint)) as weights:
         _verify(config, weights)
-        return make_plan(config, weights, weight_formats)
+        return make_plan(config, weights, weight_formats, available_ops(ops))
 
 
-def make_plan(config: ArchitectureConfig, weights: Checkpoint, weight_formats: Sequence[str]) -> Plan:
+def make_plan(config: ArchitectureConfig, weights: Checkpoint, weight_formats: Sequence[str], ops: str) -> Plan:
     """Sizes follow from the shapes; memory is the interpreter with its libraries and a few blocks of rows."""
     shapes = architecture(config).weight_shapes(config)
     formats = tuple(dict.fromkeys(weight_formats))
     read = sum(weights.nbytes(name) for name in shapes) * len(formats)
-    disk = sum(_stored_bytes(shapes, name) for name in formats)
+    disk = sum(_stored_bytes(config, name, ops) for name in formats)
     largest = max(4 * prod(shape) for shape in shapes.values())
     return Plan(config, formats, read, disk, LIBRARIES_BYTES + BLOCKS_IN_MEMORY * min(largest, BLOCK_BYTES))
 
 
-def _stored_bytes(shapes: dict[str, tuple[int, ...]], weight_format: str) -> int:
-    vocab_rows = next(iter(shapes.values()))[0]
+def _stored_bytes(config: ArchitectureConfig, weight_format: str, ops: str) -> int:
+    module = architecture(config)
+    shapes = module.weight_shapes(config)
     total = 0
-    for shape in shapes.values():
+    for name, shape in shapes.items():
         if len(shape) == 1:
             total += 4 * shape[0]
-        else:
-            formats = TABLE_FORMATS if shape[0] == vocab_rows else FORMATS
-            total += formats[weight_format].nbytes((shape[0], shape[1]))
+            continue
+        fmt = stored_format(weight_format, shape[1], table=name in (module.EMBEDDING, module.LM_HEAD))
+        row_by_row = ops == "stock" or (name == module.EMBEDDING and module.LM_HEAD in shapes)
+        total += fmt.nbytes(shape) if row_by_row else layout_of(fmt, *shape).bytes
     return total
 
 
@@ -263,20 +275,38 @@ def _write_model(
     folder.mkdir()
     with WeightsFile(folder / Path(IR_NAME).with_suffix(".bin")) as file:
         store = WeightStore(weights, file, weight_format, report)
-        model = architecture(config).build(config, LOWERINGS[ops](store))
-        model.set_rt_info(FORMAT_VERSION, ["chatglm_ov", "format_version"])
-        model.set_rt_info(weight_format, ["chatglm_ov", "weight_format"])
-        model.set_rt_info(ops, ["chatglm_ov", "ops"])
+        model = architecture(config).build(config, _lowering(ops, store))
+        described = {"format_version": FORMAT_VERSION, "weight_format": weight_format, "ops": ops}
+        if ops == "fused":
+            described["packing_version"] = native().PACKING_VERSION
+        for name, value in described.items():
+            model.set_rt_info(value, [RT_INFO, name])
         write_ir(model, file, folder / IR_NAME)
 
 
-def _write_side_files(source: Path, folder: Path, fields: dict[str, Any], config: ArchitectureConfig, ops: str) -> None:
-    """config.json without the pointers to remote code, generation_config.json, tokenizer files."""
+def convert_weights(
+    weights: Checkpoint, fields: dict[str, Any], folder: Path, weight_format: str, ops: str, report: Progress
+) -> None:
+    """A converted folder of one weight format and nothing else, for measurements: config.json with `fields` and the
+    model. ops: fused or stock, as `available_ops` gives it."""
+    config = parse_config(fields)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", _converted_fields(fields, config, ops))
+    _write_model(config, weights, folder / weight_format, weight_format, ops, report)
+
+
+def _converted_fields(fields: dict[str, Any], config: ArchitectureConfig, ops: str) -> dict[str, Any]:
+    """config.json of a converted folder: without the pointers to remote code, with our marker."""
     kept = {key: value for key, value in fields.items() if key != "auto_map"}
     if hasattr(config, "rope_ratio_meaning"):
         kept["rope_ratio_meaning"] = config.rope_ratio_meaning
     kept["chatglm_ov"] = {"format_version": FORMAT_VERSION, "architecture": config.architecture, "ops": ops}
-    _write_json(folder / "config.json", kept)
+    return kept
+
+
+def _write_side_files(source: Path, folder: Path, fields: dict[str, Any], config: ArchitectureConfig, ops: str) -> None:
+    """config.json, generation_config.json, tokenizer files."""
+    _write_json(folder / "config.json", _converted_fields(fields, config, ops))
     generation = source / "generation_config.json"
     if generation.exists():
         shutil.copyfile(generation, folder / generation.name)

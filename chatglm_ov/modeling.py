@@ -79,13 +79,19 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         inference_precision: str | None = None,
         device: str = "CPU",
         properties: dict[str, Any] | None = None,
+        kv_cache_format: str | None = None,
+        activation_bits: int = 16,
     ) -> OVChatGLMForCausalLM:
         """Open a converted folder.
 
         `weight_format` None: int8 if it is there, else bf16, else the first. `inference_precision` ("f32",
-        "bf16") None: what the device prefers. `properties`: further OpenVINO properties.
+        "bf16") None: what the device prefers. `properties`: further OpenVINO properties. `kv_cache_format` ("f32",
+        "bf16", "int8") None: f32 if the inference precision is, else bf16. `activation_bits` 8: faster prompts,
+        less exact, with int8 and int4 weights of a folder with fused operations.
         """
-        compiled = load_model(folder, weight_format, inference_precision, device, properties)
+        compiled = load_model(
+            folder, weight_format, inference_precision, device, properties, kv_cache_format, activation_bits
+        )
         return cls(OVChatGLMConfig.from_folder(folder, compiled.config), compiled)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

@@ -25,17 +25,21 @@ def _load() -> ModuleType | str:
     """The library, or why there is none."""
     try:
         path = os.environ.get("CHATGLM_OV_NATIVE")
-        if path is None:
-            return importlib.import_module(NAME)
-        spec = importlib.util.spec_from_file_location(NAME, path)
-        if spec is None or spec.loader is None:
-            return f"{path} is no Python module"
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[NAME] = module
+        module = importlib.import_module(NAME) if path is None else _from_file(path)
+        # Raises where this process can use no instruction set level, or not the one that it is told to.
         module.isa()
     except (ImportError, RuntimeError, ValueError) as error:
         return str(error)
+    return module
+
+
+def _from_file(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(NAME, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[NAME] = module
     return module
 
 

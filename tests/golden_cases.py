@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from safetensors.numpy import save_file
 from chatglm_ov import convert
 from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.config import read_config_json
+from chatglm_ov.native import unavailable
 from chatglm_ov.runtime import CompiledModel, Request, load_model
 
 TOLERANCE = 1e-3
@@ -35,6 +37,9 @@ def small(name: str) -> Golden:
 V1, V2 = small("v1_tiny"), small("v2_tiny")
 each_small = pytest.mark.parametrize("golden", [V1, V2], ids=str)
 each_golden = pytest.mark.parametrize("golden", GOLDENS, ids=str)
+without_library = pytest.mark.skipif(unavailable() is not None, reason=f"no native library: {unavailable()}")
+OPS = [pytest.param("fused", marks=without_library), "stock"]
+each_ops = pytest.mark.parametrize("ops", OPS)
 CHATS = [Golden(name, path.parent) for name, root in ROOTS.items() for path in sorted(root.rglob("chat.json"))]
 
 
@@ -142,15 +147,22 @@ def write_checkpoint(folder: Path, like: Path, tensors: dict[str, np.ndarray], *
 
 @pytest.fixture(scope="session")
 def open_compiled(tmp_path_factory: pytest.TempPathFactory) -> Opener:
-    """Function (checkpoint folder, weight_format, inference_precision) -> CompiledModel, each made once."""
+    """Function (checkpoint folder, weight_format, inference_precision, ops, further options of load_model) ->
+    CompiledModel, each made once."""
 
     @cache
-    def converted(checkpoint: Path, weight_format: str) -> Path:
+    def converted(checkpoint: Path, weight_format: str, ops: str) -> Path:
         folder = tmp_path_factory.mktemp("converted") / weight_format
-        return convert(checkpoint, folder, (weight_format,), ops="stock", progress=False)
+        return convert(checkpoint, folder, (weight_format,), ops=ops, progress=False)
 
     @cache
-    def open_once(checkpoint: Path, weight_format: str = "f32", precision: str | None = "f32") -> CompiledModel:
-        return load_model(converted(checkpoint, weight_format), weight_format, precision)
+    def open_once(
+        checkpoint: Path,
+        weight_format: str = "f32",
+        precision: str | None = "f32",
+        ops: str = "stock",
+        **options: Any,
+    ) -> CompiledModel:
+        return load_model(converted(checkpoint, weight_format, ops), weight_format, precision, **options)
 
     return open_once

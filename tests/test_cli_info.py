@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,19 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import pytest
-from command_line import Run, checkpoint, converted, copy_of, run  # noqa: F401
+from command_line import Run, checkpoint, converted, copy_of, finish, run, spawn  # noqa: F401
+from golden_cases import each_ops, without_library
 
+from chatglm_ov import convert
 from chatglm_ov.cli.folder import released_models
 from chatglm_ov.cli.machine import cpu_flags, isa_of, isa_of_kernel
 from chatglm_ov.config import parse_config
+from chatglm_ov.native import unavailable
 from chatglm_ov.presets import PRESETS, config_json
 
 # The golden model: hidden 64, 4 heads of 16 in 2 groups, feed-forward 172, vocabulary 1536, 2 layers.
 LAYER = 64 + (64 + 1) * 128 + 64 * 64 + 64 + 64 * 344 + 172 * 64
+WORKING = {"fused": ("MultiHeadAttention", "FullyConnected"), "stock": ("ScaledDotProductAttention", "MatMul")}
 PARAMETERS = 2 * 1536 * 64 + 64 + 2 * LAYER
 
 
@@ -54,21 +59,27 @@ def test_sizes_told_are_the_sizes_written(checkpoint: Path, converted: Path, run
     assert told["int4"] < told["int8"] < told["bf16"] < told["f32"]
 
 
-def test_converted(converted: Path, run: Run) -> None:
+@each_ops
+def test_converted(ops: str, checkpoint: Path, tmp_path: Path, run: Run) -> None:
+    converted = convert(checkpoint, tmp_path / "out", ("f32", "bf16", "int8"), ops, progress=False)
     found = reported(run, converted)["folder"]
     assert found["kind"] == "converted"
     assert found["parameters"] == PARAMETERS
     assert sorted(found["weight_formats"]) == ["bf16", "f32", "int8"]
     for name, ir in found["weight_formats"].items():
         assert ir["bytes"] == sum(file.stat().st_size for file in (converted / name).iterdir())
-        assert ir["ops"] == "stock"
-        assert ir["state_variables"] == 2 * 2
-        assert ir["node_types"]["ScaledDotProductAttention"] == 2
+        assert ir["ops"] == ops
+        # A cache a layer and the beam table, or keys and values of each layer.
+        assert ir["state_variables"] == {"fused": 2 + 1, "stock": 2 * 2}[ops]
+        attention, linear = WORKING[ops]
+        assert ir["node_types"][attention] == 2
         # qkv, dense and two of the feed-forward part a layer, and the head.
-        assert ir["node_types"]["MatMul"] == 2 * 4 + 1
+        assert ir["node_types"][linear] == 2 * 4 + 1
         assert ir["nodes"] == sum(ir["node_types"].values())
     assert found["default"]["weight_format"] == "int8"
     assert found["default"]["kv_cache_type"] == "bf16"
+    assert found["default"]["ops"] == ops
+    assert f"{ops} ops" in run("info", converted).out
 
 
 def test_people_read_the_same(checkpoint: Path, converted: Path, run: Run) -> None:
@@ -78,7 +89,6 @@ def test_people_read_the_same(checkpoint: Path, converted: Path, run: Run) -> No
             assert text in out
         assert ov.get_version() in out
     assert "as int4" in run("info", checkpoint).out
-    assert "stock ops" in run("info", converted).out
 
 
 def test_machine_alone(run: Run) -> None:
@@ -90,6 +100,28 @@ def test_machine_alone(run: Run) -> None:
     assert machine["f32"]["inference_precision"] == "f32"
     assert machine["memory_available_bytes"] < machine["memory_bytes"]
     assert machine["cpu"] in run("info").out
+
+
+@without_library
+def test_fused_operations(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = reported(run)["machine"]["fused_operations"]
+    assert Path(found["library"]).is_file()
+    assert found["level"] in found["levels"]
+    assert f"{found['level']}, of" in run("info").out or f"{found['level']} by CHATGLM_OV_ISA, of" in run("info").out
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [("CHATGLM_OV_NATIVE", "/nonexistent", "/nonexistent is no Python module"), ("CHATGLM_OV_ISA", "mmx", "mmx")],
+)
+def test_why_there_are_no_fused_operations(variable: str, value: str, told: str) -> None:
+    """In a process of its own: the library is looked for once."""
+    if variable == "CHATGLM_OV_ISA" and unavailable() is not None:
+        pytest.skip(f"no native library: {unavailable()}")
+    command = "from chatglm_ov.cli.main import main; main(['info'])"
+    done = finish(spawn(sys.executable, "-c", command, env={variable: value}))
+    line = next(line for line in done.out.splitlines() if line.startswith("fused operations"))
+    assert "cannot be used" in line and told in line
 
 
 def test_instruction_sets_agree_with_numpy(run: Run) -> None:

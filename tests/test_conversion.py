@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conversions import dead_process, interrupted, listing, names, to_int8
-from golden_cases import V1, V2, each_small, own_prompt, stored_weights, write_checkpoint
+from golden_cases import V1, V2, each_ops, each_small, own_prompt, stored_weights, write_checkpoint
 from tqdm import tqdm
 
 from chatglm_ov import ChatGLMError, conversion, convert
@@ -84,25 +84,28 @@ def test_tokenizer_goes_with_the_model(data: Path, tmp_path: Path):
     assert "auto_map" not in (out / "tokenizer_config.json").read_text()
 
 
-def test_tied_head_is_stored_once(tmp_path: Path):
-    """The stored head is left aside, as in the original, and the file is smaller by it."""
+@each_ops
+def test_tied_head_is_stored_once(ops, tmp_path: Path):
+    """The stored head is left aside, as in the original, and the file is smaller by it (fused operations need fewer
+    small constants then)."""
     weights = stored_weights(V1.checkpoint)
     assert np.abs(weights[LM_HEAD] - weights[EMBEDDING]).max() > 0
     tied = write_checkpoint(tmp_path / "tied", V1.checkpoint, weights, tie_word_embeddings=None)
     weights[LM_HEAD] = weights[EMBEDDING]
     untied = write_checkpoint(tmp_path / "untied", V1.checkpoint, weights)
-    folders = [convert(c, tmp_path / f"{c.name}-out", ("bf16", "f32"), progress=False) for c in (tied, untied)]
+    folders = [convert(c, tmp_path / f"{c.name}-out", ("bf16", "f32"), ops, progress=False) for c in (tied, untied)]
     for name, size in (("bf16", 2), ("f32", 4)):
         one, two = ((folder / name / "openvino_model.bin").stat().st_size for folder in folders)
-        assert two - one == size * weights[EMBEDDING].size
+        assert 0 <= two - one - size * weights[EMBEDDING].size < (1 if ops == "stock" else 200)
     models = [load_model(folder, "f32", "f32") for folder in folders]
     ids = V1["p17_input_ids"]
     one, two = (own_prompt(ids, model).feed(model.create_request()) for model in models)
     assert np.abs(one - two).max() < 1e-5
 
 
+@each_ops
 @pytest.mark.parametrize("formats", [("f32",), ("bf16", "int8"), ("int4", "int8", "int4")], ids=str)
-def test_plan_is_what_happens(formats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_plan_is_what_happens(ops, formats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     bars: list[tqdm] = []
 
     def noted_bar(*args: Any, **kwargs: Any) -> tqdm:
@@ -110,13 +113,13 @@ def test_plan_is_what_happens(formats, tmp_path: Path, monkeypatch: pytest.Monke
         return bars[0]
 
     monkeypatch.setattr(conversion, "tqdm", noted_bar)
-    plan = plan_conversion(V2.checkpoint, formats)
+    plan = plan_conversion(V2.checkpoint, formats, ops)
     assert plan.weight_formats == tuple(dict.fromkeys(formats))
-    convert(V2.checkpoint, tmp_path / "out", formats)
+    convert(V2.checkpoint, tmp_path / "out", formats, ops)
     (bar,) = bars
     assert bar.n == bar.total == plan.read_bytes
     sizes = [(tmp_path / "out" / name / "openvino_model.bin").stat().st_size for name in plan.weight_formats]
-    # Weights and biases; what the rest of the graph and the alignment add is small.
+    # Weights and biases; what the rest of the graph, the alignment and padded features add is small.
     assert plan.disk_bytes <= sum(sizes) < plan.disk_bytes + 32_000 * len(sizes)
 
 

@@ -9,21 +9,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatglm_ov.weights.formats import FORMATS, SMALLEST_SCALE, TABLE_FORMATS, group_size, pack_u4
+from chatglm_ov.weights.formats import FORMATS, LARGEST_INT4, SMALLEST_SCALE, group_size, pack_u4, stored_format
 
 UNIT = 2.0**-24
 """Unit roundoff of float32."""
+
+HALF_TINY = 2.0**-24
+"""The smallest float16."""
 
 COLUMNS = [1, 2, 7, 8, 24, 128, 129, 136, 256, 344]
 each_format = pytest.mark.parametrize("name", FORMATS)
 
 
 @st.composite
-def weights(draw: st.DrawFn) -> np.ndarray:
+def weights(draw: st.DrawFn, largest_exponent: int = 12) -> np.ndarray:
     """float32 [n, K]: normal rows of very unequal scale, some with zeros, some zero altogether, some of one sign."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     rows, columns = draw(st.integers(1, 9)), draw(st.sampled_from(COLUMNS))
-    values = rng.standard_normal((rows, columns)) * 10.0 ** rng.integers(-12, 12, (rows, 1))
+    values = rng.standard_normal((rows, columns)) * 10.0 ** rng.integers(-12, largest_exponent, (rows, 1))
     values *= rng.random((rows, columns)) < draw(st.sampled_from([0.5, 1.0]))
     values[rng.random(rows) < 0.2] = 0
     one_sign = rng.random(rows) < 0.3
@@ -37,10 +40,7 @@ def unpack_u4(packed: np.ndarray, count: int) -> np.ndarray:
 
 def decoded_int4(parts: tuple[np.ndarray, ...], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Weights (data - zero_point) * scale as float64 [n, K], and the scale of each of them."""
-    rows, groups = shape[0], shape[1] // group_size(shape[1])
-    data = unpack_u4(parts[0], shape[0] * shape[1]).reshape(rows, groups, -1).astype(np.int64)
-    zero_point = unpack_u4(parts[1], rows * groups).reshape(rows, groups, 1)
-    scale = parts[2].astype(np.float64)
+    data, zero_point, scale = (part.astype(np.float64) for part in parts)
     return ((data - zero_point) * scale).reshape(shape), np.broadcast_to(scale, data.shape).reshape(shape)
 
 
@@ -63,14 +63,36 @@ def test_int8_holds_the_largest_weight_of_a_row(block):
     np.testing.assert_allclose(decoded, largest, rtol=2 * UNIT)
 
 
-@given(weights())
+@given(weights(largest_exponent=5))
 def test_int4_is_within_half_a_step_and_keeps_zero(block):
     """A level is round(w / s) + round(-low / s). Where the two roundings leave 0..15 they were both ties, and the
-    clipped level is a tie too."""
+    clipped level is a tie too: the range is at most 15 steps, as the scale was rounded up."""
     parts = FORMATS["int4"].encode(block)
     decoded, scale = decoded_int4(parts, block.shape)
     assert (np.abs(block - decoded) <= scale * (0.5 + 32 * UNIT)).all()
     assert (decoded[block == 0] == 0).all()
+
+
+@given(weights(largest_exponent=5))
+def test_scales_of_int4_are_float16_values_next_to_the_range(block):
+    data, zero_point, scale = FORMATS["int4"].encode(block)
+    assert (data.dtype, zero_point.dtype, scale.dtype) == (np.uint8, np.uint8, np.float32)
+    assert max(data.max(), zero_point.max()) <= 15
+    np.testing.assert_array_equal(scale.astype(np.float16).astype(np.float32), scale)
+    groups = block.reshape(data.shape).astype(np.float64)
+    steps = (np.maximum(groups.max(2), 0) - np.minimum(groups.min(2), 0)) / 15
+    used = steps > 0
+    # One unit in the last place of a float16: 2^-10 of it, or the smallest one.
+    assert (scale[..., 0][used] <= steps[used] * (1 + 2**-10 + 4 * UNIT) + HALF_TINY).all()
+    assert (scale[..., 0] >= steps * (1 - 4 * UNIT)).all()
+
+
+def test_the_largest_weights_of_int4():
+    block = np.full((1, 128), LARGEST_INT4, np.float32)
+    block[0, ::2] *= -1
+    decoded, scale = decoded_int4(FORMATS["int4"].encode(block), block.shape)
+    assert scale.max() == np.finfo(np.float16).max
+    assert (np.abs(decoded - block) <= 0.5 * scale).all()
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
@@ -80,7 +102,7 @@ def test_subnormal_rows_become_zeros(name):
     parts = FORMATS[name].encode(block)
     decoded = parts[0] * parts[1] if name == "int8" else decoded_int4(parts, block.shape)[0]
     assert np.abs(block - decoded).max() <= 127 * SMALLEST_SCALE
-    assert (parts[-1] >= SMALLEST_SCALE).all()
+    assert (parts[-1] >= (SMALLEST_SCALE if name == "int8" else HALF_TINY)).all()
 
 
 @pytest.mark.parametrize(("name", "levels", "unharmed"), [("int8", 127, 0), ("int4", 15, 128)])
@@ -117,21 +139,24 @@ def test_f32_is_the_weight(block):
 
 
 @each_format
-@given(block=weights(), step=st.integers(1, 3).map(lambda n: 2 * n))
+@given(block=weights(largest_exponent=5), step=st.integers(1, 3).map(lambda n: 2 * n))
 def test_blocks_of_rows_are_the_whole(name, block, step):
     fmt = FORMATS[name]
+    parts = fmt.parts(block.shape[1])
     pieces = [fmt.encode(block[start : start + step]) for start in range(0, len(block), step)]
-    for part, whole in enumerate(fmt.encode(block)):
-        joined = b"".join(piece[part].tobytes() for piece in pieces)
-        assert joined == whole.tobytes()
+    for i, whole in enumerate(fmt.encode(block)):
+        joined = b"".join(parts[i].stored(piece[i]).tobytes() for piece in pieces)
+        assert joined == parts[i].stored(whole).tobytes()
 
 
 @each_format
-@given(block=weights())
+@given(block=weights(largest_exponent=5))
 def test_sizes_are_as_told(name, block):
-    fmt = FORMATS[name]
-    sizes = [part.nbytes for part in fmt.encode(block)]
-    assert sizes == [part.nbytes(len(block)) for part in fmt.parts(block.shape[1])]
+    fmt, parts = FORMATS[name], FORMATS[name].parts(block.shape[1])
+    encoded = fmt.encode(block)
+    assert [values.shape for values in encoded] == [(len(block), *part.shape) for part in parts]
+    sizes = [part.stored(values).nbytes for part, values in zip(parts, encoded, strict=True)]
+    assert sizes == [part.nbytes(len(block)) for part in parts]
     assert sum(sizes) == fmt.nbytes(block.shape)
 
 
@@ -159,6 +184,9 @@ def test_released_sizes():
     assert FORMATS["int4"].nbytes(shape) == 27392 * 32 * (64 + 4) + 27392 * 32 // 2
 
 
-def test_tables_are_int8_where_the_rest_is_int4():
-    assert TABLE_FORMATS["int4"] is FORMATS["int8"]
-    assert all(TABLE_FORMATS[name] is FORMATS[name] for name in ("f32", "bf16", "int8"))
+def test_what_int4_does_not_suit_is_int8():
+    """Tables, and columns that 32 does not divide, in whose groups the scales would take what the weights save."""
+    assert stored_format("int4", 4096) is FORMATS["int4"]
+    assert stored_format("int4", 96) is FORMATS["int4"]
+    assert stored_format("int4", 96, table=True) is stored_format("int4", 344) is FORMATS["int8"]
+    assert all(stored_format(name, 344, table) is FORMATS[name] for name in ("f32", "bf16", "int8") for table in (0, 1))

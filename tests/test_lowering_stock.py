@@ -27,7 +27,7 @@ from golden_sets import Golden
 from chatglm_ov.config import load_config
 from chatglm_ov.models import architecture, chatglm2
 from chatglm_ov.runtime import CompiledModel
-from chatglm_ov.weights.formats import FORMATS, TABLE_FORMATS, group_size
+from chatglm_ov.weights.formats import stored_format
 
 WEIGHT_TYPE = {"f32": "f32", "bf16": "bf16", "int8": "i8", "int4": "u4"}
 formats = pytest.mark.parametrize("weight_format", WEIGHT_TYPE)
@@ -98,8 +98,11 @@ def test_weights_stay_as_they_are_stored(golden, weight_format, precision, open_
             weight = node.input_value(1).get_node()
             assert kind(weight) == "Const"
             types[told(weight, "runtimePrecision")] += 1
-    wanted = Counter({WEIGHT_TYPE[weight_format]: 4 * model.config.num_layers})
-    wanted[{"int4": "i8"}.get(weight_format, WEIGHT_TYPE[weight_format])] += 1
+    wanted = Counter()
+    for name, shape in model.architecture.weight_shapes(model.config).items():
+        if len(shape) == 2 and name != model.architecture.EMBEDDING:
+            fmt = stored_format(weight_format, shape[1], table=name == model.architecture.LM_HEAD)
+            wanted[WEIGHT_TYPE[fmt.name]] += 1
     if weight_format == "f32" and precision is None:
         # The plugin itself takes f32 weights down to what it computes in.
         assert types.total() == wanted.total()
@@ -143,18 +146,10 @@ def test_tied_head_reads_the_embeddings_constant(weight_format, tmp_path: Path, 
 
 def dequantized(weight_format: str, table: bool, weight: np.ndarray) -> np.ndarray:
     """What a weight [N, K] is after a trip through a format, float32."""
-    fmt = (TABLE_FORMATS if table else FORMATS)[weight_format]
-    parts = fmt.encode(weight)
-    if fmt.name == "int8":
-        return parts[0] * parts[1]
-    if fmt.name == "int4":
-        group = group_size(weight.shape[1])
-        data, zero_point = (np.stack([part & 15, part >> 4], axis=1).astype(np.float32) for part in parts[:2])
-        grouped = data.ravel()[: weight.size].reshape(*parts[2].shape[:2], group)
-        return ((grouped - zero_point.ravel()[: parts[2].size].reshape(parts[2].shape)) * parts[2]).reshape(
-            weight.shape
-        )
-    return parts[0].astype(np.float32)
+    fmt = stored_format(weight_format, weight.shape[1], table)
+    parts = dict(zip((part.name for part in fmt.parts(weight.shape[1])), fmt.encode(weight), strict=True))
+    values = parts["weight"].astype(np.float32)
+    return ((values - parts.get("zero_point", np.float32(0))) * parts.get("scale", np.float32(1))).reshape(weight.shape)
 
 
 @pytest.mark.parametrize("weight_format", ["bf16", "int8", "int4"])

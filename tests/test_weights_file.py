@@ -22,7 +22,7 @@ from chatglm_ov.lowering.stock import StockLowering
 from chatglm_ov.models import architecture
 from chatglm_ov.models.chatglm2 import EMBEDDING, LM_HEAD, qkv_rows
 from chatglm_ov.weights.file import ALIGNMENT, WeightsFile
-from chatglm_ov.weights.formats import FORMATS, TABLE_FORMATS
+from chatglm_ov.weights.formats import FORMATS, stored_format
 from chatglm_ov.weights.ir import write_ir
 from chatglm_ov.weights.store import WeightStore
 
@@ -147,15 +147,15 @@ def test_weights_read_back_are_the_encoded_checkpoint(weight_format, tmp_path: P
     constants = {node.get_friendly_name(): node for node in ov.Core().read_model(xml).get_ops()}
     with Checkpoint.open(V2.checkpoint) as checkpoint:
         for name in (EMBEDDING, LM_HEAD, QKV):
-            fmt = (FORMATS if name == QKV else TABLE_FORMATS)[weight_format]
             weight = checkpoint[name].read()
+            fmt = stored_format(weight_format, weight.shape[1], table=name != QKV)
             if name == QKV:
                 weight = weight[qkv_rows(config, config.head_dim // 2)]
             for part, wanted in zip(fmt.parts(weight.shape[1]), fmt.encode(weight), strict=True):
                 key = name if part.name == "weight" else f"{name}.{part.name}"
                 place = places[key]
                 offset, size = int(place.get("offset")), int(place.get("size"))
-                assert contents[offset : offset + size] == wanted.tobytes()
+                assert contents[offset : offset + size] == part.stored(wanted).tobytes()
                 node = constants[key]
                 assert list(node.get_output_shape(0)) == [len(weight), *part.shape]
                 assert node.get_element_type().get_type_name() == part.element_type

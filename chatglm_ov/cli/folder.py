@@ -11,6 +11,7 @@ from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.conversion import make_plan
 from chatglm_ov.models import architecture
+from chatglm_ov.native import native, unavailable
 from chatglm_ov.presets import PRESETS, config_json
 from chatglm_ov.runtime import default_weight_format, load_model, read_ir, weight_formats
 from chatglm_ov.tokenizer import detect_family
@@ -78,26 +79,25 @@ def _checkpoint(path: Path, config: ArchitectureConfig) -> dict[str, Any]:
         stored: Counter[str] = Counter()
         for name in weights.names:
             stored[weights.dtype(name)] += weights.nbytes(name)
-        sizes = {name: make_plan(config, weights, [name]).disk_bytes for name in FORMATS}
+        ops = "stock" if unavailable() else "fused"
+        sizes = {name: make_plan(config, weights, [name], ops).disk_bytes for name in FORMATS}
         return {"weight_files": len({weights[name].file for name in weights.names}), "stored": stored, "sizes": sizes}
 
 
 def _converted(path: Path) -> dict[str, Any]:
     """Each weight format's files and graph, and the settings with which the default one is compiled here."""
     chosen = load_model(path, default_weight_format(path))
-    properties = {
-        name: chosen.compiled.get_property(key)
-        for name, key in (
-            ("inference_precision", "INFERENCE_PRECISION_HINT"),
-            ("kv_cache_type", "KV_CACHE_PRECISION"),
-            ("threads", "INFERENCE_NUM_THREADS"),
-        )
+    default = {
+        "weight_format": chosen.weight_format,
+        "ops": chosen.ops,
+        "kv_cache_type": chosen.kv_cache_format,
+        "threads": chosen.compiled.get_property("INFERENCE_NUM_THREADS"),
     }
-    as_text = {name: value if isinstance(value, int) else value.to_string() for name, value in properties.items()}
-    return {
-        "weight_formats": {name: _ir(path / name / IR_NAME) for name in weight_formats(path)},
-        "default": {"weight_format": chosen.weight_format, **as_text},
-    }
+    if chosen.ops == "fused":
+        default["level"] = native().isa()
+    else:
+        default["inference_precision"] = chosen.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    return {"weight_formats": {name: _ir(path / name / IR_NAME) for name in weight_formats(path)}, "default": default}
 
 
 def _ir(xml: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from chatglm_ov.sizes import size
 
 SUMMARY = "describe a checkpoint or converted folder, and this machine"
 FAMILIES = {"chatglm": "ChatGLM", "chatglm2": "ChatGLM2", "chatglm3": "ChatGLM3", "glm4": "GLM-4"}
-WORKING_NODES = ("MatMul", "ScaledDotProductAttention")
+WORKING_NODES = ("MatMul", "ScaledDotProductAttention", "FullyConnected", "MultiHeadAttention")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,10 +86,11 @@ def _converted_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"{size(ir['bytes'])}, {ir['ops']} ops, {states}, {ir['nodes']} nodes with {_work(ir['node_types'])}",
         )
     default = found["default"]
+    fused = default["ops"] == "fused"
+    how = f"fused ops ({default['level']})" if fused else f"{default['inference_precision']} arithmetic"
     yield (
         "runs with",
-        f"{default['weight_format']} weights, {default['inference_precision']} arithmetic, "
-        f"{default['kv_cache_type']} KV cache, {default['threads']} threads",
+        f"{default['weight_format']} weights, {how}, {default['kv_cache_type']} KV cache, {default['threads']} threads",
     )
 
 
@@ -111,9 +112,17 @@ def _machine_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         has = ", ".join(name for name, there in isa.items() if there) or "none of these"
         lacks = ", ".join(name for name, there in isa.items() if not there)
         yield "instruction sets", has + (f" (not: {lacks})" if lacks else "")
+    yield "fused operations", _fused_operations(found["fused_operations"])
     yield "OpenVINO", f"{found['openvino']}, devices {', '.join(found['openvino_devices'])}"
     yield "CPU plugin offers", ", ".join(found["openvino_cpu_capabilities"])
     for title, name in (("in use", "default"), ("in use for f32", "f32")):
         used = found[name]
         isa_used = f"{used['isa']}, kernel {used['kernel']}"
         yield title, f"{isa_used}, {used['inference_precision']} arithmetic, {used['threads']} threads"
+
+
+def _fused_operations(found: dict[str, Any]) -> str:
+    if found["unavailable"] is not None:
+        return f"cannot be used: {' '.join(found['unavailable'].split())}"
+    forced = " by CHATGLM_OV_ISA" if found["forced_level"] else ""
+    return f"{found['level']}{forced}, of {', '.join(found['levels'])}; {found['library']}"

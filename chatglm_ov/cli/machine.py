@@ -12,6 +12,7 @@ import numpy as np
 import openvino as ov
 import psutil
 
+from chatglm_ov.native import library_path, native, unavailable
 from chatglm_ov.runtime import core
 
 ISA_FLAGS = {
@@ -70,6 +71,14 @@ def isa_of_kernel(kernel: str) -> str:
     return next((isa for mark, isa in marks.items() if mark in kernel), kernel)
 
 
+def fused_operations() -> dict[str, Any]:
+    """The native library: its file and the instruction set level that it uses, or why it cannot be used."""
+    found = {"unavailable": unavailable(), "forced_level": os.environ.get("CHATGLM_OV_ISA")}
+    if found["unavailable"] is not None:
+        return found
+    return {**found, "library": library_path(), "level": native().isa(), "levels": native().present_isa_levels()}
+
+
 def machine() -> dict[str, Any]:
     """Description of this machine: strings, numbers and lists only."""
     flags = cpu_flags()
@@ -81,6 +90,7 @@ def machine() -> dict[str, Any]:
         "memory_bytes": memory.total,
         "memory_available_bytes": memory.available,
         "isa": None if flags is None else isa_of(flags),
+        "fused_operations": fused_operations(),
         "openvino": ov.get_version(),
         "openvino_devices": core().available_devices,
         "openvino_cpu_capabilities": sorted(core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")),

@@ -4,7 +4,8 @@ Letters in shapes: B batch rows, L tokens of this call, T = past + L cached toke
 heads, D head_dim, R rotary_dim, V vocabulary.
 
 A lowering turns each word into graph nodes. `stock` uses opset calls only, in the patterns that OpenVINO's
-plugins fuse; it runs on every device and is the numerical reference.
+plugins fuse; it runs on every device and is the numerical reference. `fused` uses the operations of the native library
+and runs on CPUs that it has kernels for.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Lowering(Protocol):
         (or [B, position_rows, L]), beam_idx i32 [B], logits_to_keep i64 [1], and with `prefix` prefix_length
         i64 [B], the leading columns that every row sees."""
 
-    def embedding(self, name: str) -> Any:
-        """Rows of the table `name` for input_ids: [B, L, hidden_size]."""
+    def embedding(self, name: str, *, tied: bool = False) -> Any:
+        """Rows of the table `name` for input_ids: [B, L, hidden_size]. `tied`: it is the LM head's table too."""
 
     def rms_norm(self, x: Any, name: str, eps: float) -> Any:
         """x / sqrt(mean(x^2) + eps) * weight."""

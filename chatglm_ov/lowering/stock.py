@@ -11,72 +11,41 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import openvino.opset15 as ops
-from openvino.op.util import Variable, VariableInfo
 
 from chatglm_ov.lowering import Activation, AttentionShape, Rotary
+from chatglm_ov.lowering.graph import GraphLowering, i64, scalar
 from chatglm_ov.weights.ir import DECOMPRESSION_SUFFIX
-from chatglm_ov.weights.store import WeightStore
 
 BLOCKED = np.float32(np.finfo(np.float16).min / 2)
 """Added to a score that is masked. The sum is finite in every type, float16 too, so that a row of padding, which
 sees nothing, is no NaN."""
 
 
-def _i64(*values: int) -> ov.Node:
-    return ops.constant(np.array(values, dtype=np.int64))
-
-
-def _scalar(value: int) -> ov.Node:
-    return ops.constant(np.int64(value))
-
-
-def _named_parameter(name: str, shape: list[int], element_type: Any) -> ov.Node:
-    node = ops.parameter(shape, element_type, name=name)
-    node.output(0).get_tensor().set_names({name})
-    return node
-
-
-class StockLowering:
+class StockLowering(GraphLowering):
     """Builds one model; see `chatglm_ov.lowering.Lowering` for the words."""
 
     name = "stock"
 
-    def __init__(self, weights: WeightStore):
-        self.weights = weights
-        self._parameters: list[ov.Node] = []
-        self._sinks: list[ov.Node] = []
-        self._rotary_tables: dict[int, tuple[ov.Node, ov.Node]] = {}
-
     def inputs(self, *, position_rows: int = 1, prefix: bool = False) -> None:
-        position_shape = [-1, -1] if position_rows == 1 else [-1, position_rows, -1]
-        self.input_ids = self._input("input_ids", [-1, -1], np.int64)
-        self.attention_mask = self._input("attention_mask", [-1, -1], np.int64)
-        self.position_ids = self._input("position_ids", position_shape, np.int64)
-        self.beam_idx = self._input("beam_idx", [-1], np.int32)
-        self.logits_to_keep = self._input("logits_to_keep", [1], np.int64)
-        self.prefix_length = self._input("prefix_length", [-1], np.int64) if prefix else None
-        self._batch = ops.gather(ops.shape_of(self.input_ids), _i64(0), _scalar(0))
+        super().inputs(position_rows=position_rows, prefix=prefix)
+        self._batch = ops.gather(ops.shape_of(self.input_ids), i64(0), scalar(0))
         self._mask = self._attention_mask()
-
-    def _input(self, name: str, shape: list[int], element_type: Any) -> ov.Node:
-        self._parameters.append(_named_parameter(name, shape, element_type))
-        return self._parameters[-1]
 
     def _attention_mask(self) -> ov.Node:
         """f32 [B, 1, L, T]: 0 where a query sees a key, BLOCKED elsewhere. Query i stands at column past + i and
         sees the real columns up to its own, and those before the prefix length."""
-        new = ops.gather(ops.shape_of(self.input_ids), _scalar(1), _scalar(0))
-        total = ops.gather(ops.shape_of(self.attention_mask), _scalar(1), _scalar(0))
-        keys = ops.range(_scalar(0), total, _scalar(1), output_type="i64")
-        queries = ops.range(ops.subtract(total, new), total, _scalar(1), output_type="i64")
+        new = ops.gather(ops.shape_of(self.input_ids), scalar(1), scalar(0))
+        total = ops.gather(ops.shape_of(self.attention_mask), scalar(1), scalar(0))
+        keys = ops.range(scalar(0), total, scalar(1), output_type="i64")
+        queries = ops.range(ops.subtract(total, new), total, scalar(1), output_type="i64")
         visible = ops.less_equal(
-            ops.unsqueeze(keys, _i64(0, 1, 2)), ops.unsqueeze(ops.unsqueeze(queries, _i64(1)), _i64(0, 1))
+            ops.unsqueeze(keys, i64(0, 1, 2)), ops.unsqueeze(ops.unsqueeze(queries, i64(1)), i64(0, 1))
         )
         if self.prefix_length is not None:
-            in_prefix = ops.less(ops.unsqueeze(keys, _i64(0)), ops.unsqueeze(self.prefix_length, _i64(1)))
-            visible = ops.logical_or(visible, ops.unsqueeze(in_prefix, _i64(1, 2)))
-        real = ops.not_equal(self.attention_mask, _scalar(0))
-        visible = ops.logical_and(visible, ops.unsqueeze(real, _i64(1, 2)))
+            in_prefix = ops.less(ops.unsqueeze(keys, i64(0)), ops.unsqueeze(self.prefix_length, i64(1)))
+            visible = ops.logical_or(visible, ops.unsqueeze(in_prefix, i64(1, 2)))
+        real = ops.not_equal(self.attention_mask, scalar(0))
+        visible = ops.logical_and(visible, ops.unsqueeze(real, i64(1, 2)))
         return ops.select(visible, ops.constant(np.float32(0)), ops.constant(BLOCKED))
 
     def _dequantized(self, name: str, parts: dict[str, ov.Node], shape: list[int]) -> ov.Node:
@@ -92,25 +61,18 @@ class StockLowering:
         if "zero_point" in parts:
             value = ops.subtract(value, ops.convert(parts["zero_point"], "f32"))
         value = ops.multiply(value, parts["scale"])
-        return value if len(weight.get_output_shape(0)) == len(shape) else ops.reshape(value, _i64(*shape), False)
+        return value if len(weight.get_output_shape(0)) == len(shape) else ops.reshape(value, i64(*shape), False)
 
-    def embedding(self, name: str) -> ov.Node:
-        # Rows are gathered before they are decompressed, so that the table is never expanded.
-        parts = self.weights.table(name)
-        rows = ops.gather(parts["weight"], self.input_ids, _scalar(0))
-        if parts["weight"].get_element_type() != ov.Type.f32:
-            rows = ops.convert(rows, "f32")
-        if "scale" in parts:
-            rows = ops.multiply(rows, ops.gather(parts["scale"], self.input_ids, _scalar(0)))
-        return rows
+    def embedding(self, name: str, *, tied: bool = False) -> ov.Node:
+        return self._gathered_embedding(name)
 
     def rms_norm(self, x: ov.Node, name: str, eps: float) -> ov.Node:
-        mean_square = ops.reduce_mean(ops.power(x, np.float32(2)), _i64(-1), keep_dims=True)
+        mean_square = ops.reduce_mean(ops.power(x, np.float32(2)), i64(-1), keep_dims=True)
         inverse = ops.divide(np.float32(1), ops.sqrt(ops.add(mean_square, np.float32(eps))))
         return ops.multiply(ops.multiply(x, inverse), self.weights.vector(name))
 
     def layer_norm(self, x: ov.Node, name: str, eps: float) -> ov.Node:
-        normalized = ops.mvn(x, _i64(-1), True, eps, "inside_sqrt")
+        normalized = ops.mvn(x, i64(-1), True, eps, "inside_sqrt")
         scaled = ops.multiply(normalized, self.weights.vector(f"{name}.weight"))
         return ops.add(scaled, self.weights.vector(f"{name}.bias"))
 
@@ -143,25 +105,25 @@ class StockLowering:
     def _silu_gate(gate_up: ov.Node) -> ov.Node:
         # Split, and Swish with its second input: the CPU plugin's merged-MLP node does not match these. It is
         # slower than separate layers on few cores, and ends the process (SIGFPE) when there is only one thread.
-        halves = ops.split(gate_up, _scalar(2), 2)
+        halves = ops.split(gate_up, scalar(2), 2)
         return ops.multiply(ops.swish(halves.output(0)), halves.output(1))
 
     def attention(self, qkv: ov.Node, layer: int, shape: AttentionShape, rotary: Rotary) -> ov.Node:
         heads, groups, dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
-        planes = ops.variadic_split(qkv, _scalar(-1), _i64(heads * dim, groups * dim, groups * dim))
+        planes = ops.variadic_split(qkv, scalar(-1), i64(heads * dim, groups * dim, groups * dim))
         query = self._rotated(self._heads(planes.output(0), heads, dim), rotary)
         key = self._rotated(self._heads(planes.output(1), groups, dim), rotary)
         value = self._heads(planes.output(2), groups, dim)
         key = self._repeated(self._cached(key, f"past_key_values.{layer}.key", groups, dim), heads, groups, dim)
         value = self._repeated(self._cached(value, f"past_key_values.{layer}.value", groups, dim), heads, groups, dim)
         context = ops.scaled_dot_product_attention(query, key, value, self._mask)
-        context = ops.transpose(context, _i64(0, 2, 1, 3))
-        return ops.reshape(context, _i64(0, 0, heads * dim), True)
+        context = ops.transpose(context, i64(0, 2, 1, 3))
+        return ops.reshape(context, i64(0, 0, heads * dim), True)
 
     @staticmethod
     def _heads(plane: ov.Output, heads: int, dim: int) -> ov.Node:
         """[B, L, heads D] -> [B, heads, L, D]."""
-        return ops.transpose(ops.reshape(plane, _i64(0, 0, heads, dim), True), _i64(0, 2, 1, 3))
+        return ops.transpose(ops.reshape(plane, i64(0, 0, heads, dim), True), i64(0, 2, 1, 3))
 
     def _rotated(self, x: ov.Node, rotary: Rotary) -> ov.Node:
         """Rotate-half over the first R dims of x [B, heads, L, D]; the others pass through."""
@@ -169,41 +131,28 @@ class StockLowering:
         rest = x.get_output_partial_shape(0)[3].get_length() - rotary.dim
         if rest == 0:
             return self._rotate_half(x, cos, sin, rotary.dim)
-        head = ops.variadic_split(x, _scalar(3), _i64(rotary.dim, rest))
+        head = ops.variadic_split(x, scalar(3), i64(rotary.dim, rest))
         return ops.concat([self._rotate_half(head.output(0), cos, sin, rotary.dim), head.output(1)], -1)
 
     @staticmethod
     def _rotate_half(x: Any, cos: ov.Node, sin: ov.Node, dim: int) -> ov.Node:
-        half = ops.variadic_split(x, _scalar(3), _i64(dim // 2, dim // 2))
+        half = ops.variadic_split(x, scalar(3), i64(dim // 2, dim // 2))
         turned = ops.concat([ops.multiply(half.output(1), np.float32(-1)), half.output(0)], -1)
         return ops.add(ops.multiply(x, cos), ops.multiply(turned, sin))
 
     def _cos_sin(self, rotary: Rotary) -> tuple[ov.Node, ov.Node]:
         """cos and sin f32 [B, 1, L, R] of the angles, one computation for all layers."""
-        if id(rotary) not in self._rotary_tables:
-            rows = [
-                ops.multiply(ops.unsqueeze(ops.convert(ids, "f32"), _i64(-1)), ops.constant(frequencies[None, None]))
-                for ids, frequencies in zip(self._position_rows(rotary), rotary.inv_freq, strict=True)
-            ]
-            angles = ops.unsqueeze(ops.concat(rows + rows, -1), _i64(1))
-            self._rotary_tables[id(rotary)] = ops.cos(angles), ops.sin(angles)
-        return self._rotary_tables[id(rotary)]
-
-    def _position_rows(self, rotary: Rotary) -> list[ov.Node]:
-        rows = rotary.inv_freq.shape[0]
-        if rows == 1:
-            return [self.position_ids]
-        return [ops.gather(self.position_ids, _scalar(row), _scalar(1)) for row in range(rows)]
+        if id(rotary) not in self._angles:
+            rows = self._angle_rows(rotary)
+            angles = ops.unsqueeze(ops.concat(rows + rows, -1), i64(1))
+            self._angles[id(rotary)] = ops.cos(angles), ops.sin(angles)
+        return self._angles[id(rotary)]
 
     def _cached(self, x: ov.Node, variable_id: str, heads: int, dim: int) -> ov.Node:
         """x appended to the state: f32 [B, heads, T, D]. The state starts empty and its rows follow beam_idx."""
-        info = VariableInfo()
-        info.data_shape = ov.PartialShape([-1, heads, -1, dim])
-        info.data_type = ov.Type.f32
-        info.variable_id = variable_id
-        variable = Variable(info)
-        empty = ops.broadcast(np.float32(0), ops.concat([self._batch, _i64(heads, 0, dim)], 0))
-        past = ops.gather(ops.read_value(empty, variable), self.beam_idx, _scalar(0))
+        variable = self._variable(variable_id, ov.Type.f32, [-1, heads, -1, dim])
+        empty = ops.broadcast(np.float32(0), ops.concat([self._batch, i64(heads, 0, dim)], 0))
+        past = ops.gather(ops.read_value(empty, variable), self.beam_idx, scalar(0))
         total = ops.concat([past, x], 2)
         self._sinks.append(ops.assign(total, variable))
         return total
@@ -214,16 +163,9 @@ class StockLowering:
         if heads == groups:
             return x
         ones = ops.constant(np.ones((1, 1, heads // groups, 1, 1), dtype=np.float32))
-        repeated = ops.multiply(ops.unsqueeze(x, _i64(2)), ones)
-        return ops.reshape(repeated, _i64(0, heads, -1, dim), True)
+        repeated = ops.multiply(ops.unsqueeze(x, i64(2)), ones)
+        return ops.reshape(repeated, i64(0, heads, -1, dim), True)
 
     def lm_head(self, x: ov.Node, name: str) -> ov.Node:
-        last = ops.slice(x, ops.negative(self.logits_to_keep), _i64(np.iinfo(np.int64).max), _i64(1), _i64(1))
         shape = list(self.weights.checkpoint.shape(name))
-        return ops.matmul(last, self._dequantized(name, self.weights.table(name), shape), False, True)
-
-    def model(self, logits: ov.Node, name: str) -> ov.Model:
-        result = ops.result(logits)
-        result.output(0).get_tensor().set_names({"logits"})
-        result.set_friendly_name("logits")
-        return ov.Model([result], self._sinks, self._parameters, name)
+        return ops.matmul(self._kept(x), self._dequantized(name, self.weights.table(name), shape), False, True)

@@ -68,7 +68,7 @@ def build(config: ChatGLMConfig, lowering: Lowering) -> Any:
     rope = rotary(config)
     rows = per_head_qkv(heads, two_halves_to_one(config.head_dim))
     lowering.inputs(position_rows=2, prefix=True)
-    x = lowering.embedding(EMBEDDING)
+    x = lowering.embedding(EMBEDDING, tied=config.tie_word_embeddings)
     for i in range(config.num_layers):
         x = _block(config, lowering, x, i, shape, rope, rows)
     x = lowering.layer_norm(x, FINAL_NORM, config.layernorm_epsilon)

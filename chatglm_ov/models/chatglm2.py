@@ -75,7 +75,7 @@ def build(config: ChatGLM2Config, lowering: Lowering) -> Any:
     rope = rotary(config)
     rows = qkv_rows(config, rope.dim)
     lowering.inputs()
-    x = lowering.embedding(EMBEDDING)
+    x = lowering.embedding(EMBEDDING, tied=config.tie_word_embeddings)
     for i in range(config.num_layers):
         x = _block(config, lowering, x, i, shape, rope, rows)
     x = lowering.rms_norm(x, FINAL_NORM, config.layernorm_epsilon)

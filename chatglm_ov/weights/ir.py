@@ -18,6 +18,9 @@ IR_NAME = "openvino_model.xml"
 FORMAT_VERSION = 1
 """Version of the layout of a converted folder and of the constants in it; checked at load."""
 
+RT_INFO = "chatglm_ov"
+"""Name of what an IR tells about itself: format_version, weight_format, ops, and packing_version with fused ones."""
+
 DECOMPRESSION_SUFFIX = ".decompressed"
 """Friendly names with this ending mark the Convert of a weight that is stored in bf16."""
 
@@ -41,6 +44,13 @@ def write_ir(model: ov.Model, weights: WeightsFile, xml_path: Path) -> None:
         elif layer.get("type") == "Convert" and str(layer.get("name")).endswith(DECOMPRESSION_SUFFIX):
             _mark_decompression(layer)
     tree.write(xml_path, encoding="utf-8", xml_declaration=True)
+
+
+def read_description(xml_path: Path) -> dict[str, str]:
+    """What an IR tells about itself; nothing if it is not one of ours. Raises ElementTree.ParseError if it is no
+    XML."""
+    found = ElementTree.parse(xml_path).getroot().find(f"rt_info/{RT_INFO}")
+    return {} if found is None else {field.tag: field.get("value", "") for field in found}
 
 
 def _place(layer: ElementTree.Element, weights: WeightsFile) -> None:

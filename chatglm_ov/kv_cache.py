@@ -1,0 +1,212 @@
+"""The KV cache of one request: the plugin's own in the stock lowering, blocks of slots in the fused one.
+
+Letters: B rows, G key/value heads, T columns, D head_dim. A slot holds one real column: padding takes none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+import openvino as ov
+import psutil
+
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.lowering.fused import BEAM_TABLE, CACHE
+from chatglm_ov.sizes import size
+
+BLOCK_SLOTS = 32
+ELEMENT_TYPES = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype(np.int8)}
+
+FIRST_SLOTS, LARGEST_STEP = 256, 2048
+"""A cache begins with so many slots, doubles, and grows by this step from there on."""
+
+
+class KVCache(Protocol):
+    """What a request asks of its cache."""
+
+    def prepare(self, attention_mask: np.ndarray, continued: np.ndarray) -> dict[str, np.ndarray]:
+        """Make room for the columns of `attention_mask` [B, T]; `continued` bool [B, past] is the mask that those in
+        the cache were fed with. Returns further inputs of the model. Raises ChatGLMError where there is no memory
+        for it, or the masks do not agree where they must; nothing is changed then."""
+
+    def forget(self) -> None:
+        """The next call begins a sequence."""
+
+    def truncate(self) -> None:
+        """The next call goes on from an earlier column. Raises ChatGLMError where that cannot be done."""
+
+    def read(self, layer: int, attention_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of the columns of `attention_mask` [B, T], float32 [B, G, T, D] each."""
+
+
+def _states(request: ov.InferRequest) -> dict[str, ov.VariableState]:
+    return {state.name: state for state in request.query_state()}
+
+
+class PluginCache:
+    """The cache that a plugin keeps behind the stock lowering's states. Padding has a place in it like any column."""
+
+    def __init__(self, request: ov.InferRequest):
+        self._request = request
+
+    def prepare(self, attention_mask: np.ndarray, continued: np.ndarray) -> dict[str, np.ndarray]:
+        return {}
+
+    def forget(self) -> None:
+        self._request.reset_state()
+
+    def truncate(self) -> None:
+        raise ChatGLMError("truncate", "ops", "stock", "fused: a cache inside the plugin only grows")
+
+    def read(self, layer: int, attention_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        states = _states(self._request)
+        key, value = (states[f"past_key_values.{layer}.{part}"].state.data.copy() for part in ("key", "value"))
+        return key, value
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Blocks of 32 slots of one key/value head, as csrc/kernels/cache_layout.h lays them out."""
+
+    element_type: str
+    num_key_value_heads: int
+    head_dim: int
+
+    @property
+    def _padded_dim(self) -> int:
+        return -(-self.head_dim // 16) * 16
+
+    @property
+    def _part_bytes(self) -> int:
+        return BLOCK_SLOTS * self._padded_dim * ELEMENT_TYPES[self.element_type].itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        scales = 2 * BLOCK_SLOTS * 4 if self.element_type == "int8" else 0
+        return 2 * self._part_bytes + scales
+
+    def nbytes(self, rows: int, blocks: int) -> int:
+        """Bytes of one layer's cache."""
+        return rows * blocks * self.num_key_value_heads * self.block_bytes
+
+    def decode(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values float32 [G, 32 n, D] of consecutive blocks u8 [n, G, block_bytes]."""
+        count, groups = blocks.shape[:2]
+        part = self._part_bytes
+        key, value = (
+            np.ascontiguousarray(blocks[..., start : start + part]).view(ELEMENT_TYPES[self.element_type])
+            for start in (0, part)
+        )
+        # [halves, pairs of dims, slots of a half, dims of a pair] and [lines of dims, pairs of slots, dims, slots].
+        key = key.reshape(count, groups, 2, -1, 16, 2).transpose(0, 1, 2, 4, 3, 5)
+        value = value.reshape(count, groups, -1, 16, 16, 2).transpose(0, 1, 3, 5, 2, 4)
+        decoded = [array.reshape(count, groups, BLOCK_SLOTS, -1).astype(np.float32) for array in (key, value)]
+        if self.element_type == "int8":
+            scales = np.ascontiguousarray(blocks[..., 2 * part :]).view(np.float32)
+            decoded = [
+                array * scale[..., None] for array, scale in zip(decoded, np.split(scales, 2, axis=-1), strict=True)
+            ]
+        key, value = (
+            array[..., : self.head_dim].transpose(1, 0, 2, 3).reshape(groups, -1, self.head_dim) for array in decoded
+        )
+        return key, value
+
+
+def capacity(slots: int) -> int:
+    """Slots that a cache gets which needs this many."""
+    room = FIRST_SLOTS
+    while room < slots:
+        room += min(room, LARGEST_STEP)
+    return room
+
+
+class BlockCache:
+    """The fused lowering's cache: one variable a layer, u8 [rows, blocks, G, block_bytes], and a beam table.
+
+    It is made by the first inference, of the size that the input cache_shape tells, and stays: a new sequence, fewer
+    columns and a reorder of rows overwrite slots. Before an inference that needs more rows or slots it is made anew,
+    or, with columns in it, moved layer by layer.
+    """
+
+    def __init__(self, request: ov.InferRequest, num_layers: int, layout: BlockLayout):
+        self._request = request
+        self._num_layers = num_layers
+        self.layout = layout
+        self.rows = self.blocks = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return self._num_layers * self.layout.nbytes(self.rows, self.blocks)
+
+    def prepare(self, attention_mask: np.ndarray, continued: np.ndarray) -> dict[str, np.ndarray]:
+        past = continued.shape[1]
+        changed = np.argwhere((attention_mask[:, :past] != 0) != continued)
+        if changed.size:
+            row, column = changed[0]
+            wanted = f"{int(continued[row, column])}, as when the column was fed: padding has no slot in the cache"
+            raise ChatGLMError("infer", f"attention_mask[{row}, {column}]", attention_mask[row, column], wanted)
+        slots = int(np.count_nonzero(attention_mask, axis=1).max())
+        self.make_room(len(attention_mask), slots, keep=past > 0)
+        return {"cache_shape": np.array([self.rows, self.blocks, self.layout.block_bytes], np.int64)}
+
+    def make_room(self, rows: int, slots: int, keep: bool) -> None:
+        """Have at least so many rows and slots a row. keep: there are columns in the cache that are needed."""
+        if rows <= self.rows and slots <= self.blocks * BLOCK_SLOTS:
+            return
+        blocks = max(self.blocks if keep else 0, capacity(slots) // BLOCK_SLOTS)
+        rows = max(self.rows if keep else 0, rows)
+        self._check_memory(rows, blocks)
+        if keep:
+            self._move(rows, blocks)
+        else:
+            self._request.reset_state()
+        self.rows, self.blocks = rows, blocks
+
+    def _check_memory(self, rows: int, blocks: int) -> None:
+        wanted = self._num_layers * self.layout.nbytes(rows, blocks)
+        # A layer is there twice while it is moved.
+        needed = wanted - self.nbytes + self.layout.nbytes(self.rows, self.blocks)
+        free = psutil.virtual_memory().available
+        if needed > free:
+            shape = f"{rows} rows of {blocks * BLOCK_SLOTS} slots in {self.layout.element_type}"
+            raise ChatGLMError("KV cache", "free memory", size(free), f"{size(needed)} more, for {shape}")
+
+    def _move(self, rows: int, blocks: int) -> None:
+        states = _states(self._request)
+        for layer in range(self._num_layers):
+            state = states[f"{CACHE}{layer}"]
+            old = state.state.data
+            try:
+                new = np.empty((rows, blocks, *old.shape[2:]), np.uint8)
+                new[: old.shape[0], : old.shape[1]] = old
+                state.state = ov.Tensor(new, shared_memory=True)
+            except (MemoryError, RuntimeError) as error:
+                wanted = f"{size(self.layout.nbytes(rows, blocks))} a layer"
+                raise ChatGLMError("KV cache", "memory", "used up", wanted) from error
+
+    def forget(self) -> None:
+        """Nothing to do: a call whose columns are all new reads nothing of what is there."""
+
+    def truncate(self) -> None:
+        """Nothing to do: slots behind the last column are overwritten."""
+
+    def read(self, layer: int, attention_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Zeros for padding, which takes no slot."""
+        states = _states(self._request)
+        table, cache = states[BEAM_TABLE].state.data, states[f"{CACHE}{layer}"].state.data
+        heads, dim = self.layout.num_key_value_heads, self.layout.head_dim
+        batch, columns = attention_mask.shape
+        key = np.zeros((batch, heads, columns, dim), np.float32)
+        value = np.zeros_like(key)
+        for row in range(batch):
+            real = np.flatnonzero(attention_mask[row])
+            for source in np.unique(table[row, : real.size]):
+                slots = np.flatnonzero(table[row, : real.size] == source)
+                decoded = self.layout.decode(cache[source, : slots[-1] // BLOCK_SLOTS + 1])
+                for whole, part in zip((key, value), decoded, strict=True):
+                    whole[row][:, real[slots]] = part[:, slots]
+        return key, value

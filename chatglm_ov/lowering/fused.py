@@ -1,0 +1,154 @@
+"""The fused lowering: the operations of the native library, with the KV cache in the model and updated in place.
+
+Letters in shapes as in `chatglm_ov.lowering`. All values between operations are f32; the operations choose what they
+compute in.
+
+A layer's cache is one variable of bytes, in blocks of slots as csrc/kernels/cache_layout.h has them. Attention writes
+into the value that it reads, and what is assigned is that value: the CPU plugin keeps one buffer for it and copies
+nothing (`chatglm_ov.in_place` tests that, and knows what to do where it does not hold). Which row of the cache holds
+a slot is told by the variable `beam_table`, so that a reorder moves no keys or values.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import openvino as ov
+import openvino.opset15 as ops
+
+from chatglm_ov.lowering import Activation, AttentionShape, Rotary
+from chatglm_ov.lowering.graph import GraphLowering, i64, scalar
+from chatglm_ov.lowering.operations import operation
+from chatglm_ov.weights.packing import PADDING, PackedWeight, filled, gate_up_rows
+
+BEAM_TABLE = "beam_table"
+CACHE = "past_key_values."
+"""Variable of a layer's cache: this and the number of the layer."""
+
+
+class FusedLowering(GraphLowering):
+    """Builds one model; see `chatglm_ov.lowering.Lowering` for the words."""
+
+    name = "fused"
+
+    def inputs(self, *, position_rows: int = 1, prefix: bool = False) -> None:
+        """And cache_shape i64 [3] = (rows, blocks, bytes of a block), read when a cache is made: in the first
+        inference, and in the first one after reset_state."""
+        super().inputs(position_rows=position_rows, prefix=prefix)
+        self.cache_shape = self._input("cache_shape", [3], np.int64)
+        self._ids = ops.convert(self.input_ids, "i32")
+        columns = [ops.convert(self.attention_mask, "i32"), self._ids, self.beam_idx]
+        if self.prefix_length is not None:
+            columns.append(ops.convert(self.prefix_length, "i32"))
+        variable = self._variable(BEAM_TABLE, ov.Type.i32, [-1, -1])
+        # Before there is a past the table is not read. A size that is known to be 0 would fix that of the variable.
+        unread = ops.broadcast(np.int32(0), ops.shape_of(self.attention_mask))
+        past = ops.read_value(unread, variable)
+        self._slots = operation("CacheTable", [past, *columns], prefix=int(prefix))
+        self._sinks.append(ops.assign(self._slots, variable))
+
+    def embedding(self, name: str, *, tied: bool = False) -> ov.Node:
+        # A row is scattered over the payload, so what is only looked up lies row by row.
+        if not tied:
+            return self._gathered_embedding(name)
+        table = self.weights.packed_table(name)
+        return operation("Embedding", [self._ids, table.payload], **_layout(table))
+
+    def rms_norm(self, x: ov.Node, name: str, eps: float) -> ov.Node:
+        return operation("Norm", [x, self.weights.vector(name)], kind="rms", eps=eps)
+
+    def layer_norm(self, x: ov.Node, name: str, eps: float) -> ov.Node:
+        weights = [self.weights.vector(f"{name}.{part}") for part in ("weight", "bias")]
+        return operation("Norm", [x, *weights], kind="layer", eps=eps)
+
+    def fully_connected(
+        self,
+        x: ov.Node,
+        name: str,
+        *,
+        bias: bool = False,
+        rows: np.ndarray | None = None,
+        activation: Activation | None = None,
+        residual: ov.Node | None = None,
+        residual_scale: float = 1.0,
+    ) -> ov.Node:
+        y_features = self.weights.checkpoint.shape(name)[0]
+        if activation == "silu_gate":
+            y_features //= 2
+            order = gate_up_rows(y_features)
+            rows = order if rows is None else np.where(order == PADDING, PADDING, rows[order])
+        weight = self.weights.packed_linear(name, rows)
+        optional = []
+        if bias:
+            order = np.arange(y_features) if rows is None else rows
+            optional.append(self.weights.vector(name.removesuffix("weight") + "bias", filled(order)))
+        if residual is not None:
+            optional.append(residual)
+        return _fully_connected(
+            [x, weight.payload, *optional],
+            weight,
+            y_features,
+            activation=activation or "none",
+            bias=int(bias),
+            residual=int(residual is not None),
+            residual_scale=residual_scale,
+        )
+
+    def attention(self, qkv: ov.Node, layer: int, shape: AttentionShape, rotary: Rotary) -> ov.Node:
+        variable = self._variable(f"{CACHE}{layer}", ov.Type.u8, [-1, -1, -1, -1])
+        cache = ops.read_value(self._empty_cache(shape), variable)
+        self._sinks.append(ops.assign(cache, variable))
+        return operation(
+            "MultiHeadAttention",
+            [qkv, *self._cos_sin(rotary), *self._slots.outputs(), cache],
+            num_attention_heads=shape.num_attention_heads,
+            num_key_value_heads=shape.num_key_value_heads,
+            head_dim=shape.head_dim,
+            in_place=1,
+        )
+
+    def _empty_cache(self, shape: AttentionShape) -> ov.Node:
+        """u8 [rows, blocks, G, bytes of a block]. Its size comes from an input, so that it is made when it is needed;
+        that of a constant would be held as one besides."""
+        rows_and_blocks = ops.gather(self.cache_shape, i64(0, 1), scalar(0))
+        block_bytes = ops.gather(self.cache_shape, i64(2), scalar(0))
+        sizes = ops.concat([rows_and_blocks, i64(shape.num_key_value_heads), block_bytes], 0)
+        return ops.broadcast(np.uint8(0), sizes)
+
+    def _cos_sin(self, rotary: Rotary) -> tuple[ov.Node, ov.Node]:
+        """cos and sin f32 [B, L, R / 2] of the angles, one computation for all layers."""
+        if id(rotary) not in self._angles:
+            rows = self._angle_rows(rotary)
+            angles = rows[0] if len(rows) == 1 else ops.concat(rows, -1)
+            self._angles[id(rotary)] = ops.cos(angles), ops.sin(angles)
+        return self._angles[id(rotary)]
+
+    def lm_head(self, x: ov.Node, name: str) -> ov.Node:
+        table = self.weights.packed_table(name)
+        return _fully_connected([self._kept(x), table.payload], table, table.out_features)
+
+
+def _layout(weight: PackedWeight) -> dict[str, str | int]:
+    names = ("format", "in_features", "out_features", "group_size")
+    return {name: getattr(weight, name) for name in names}
+
+
+def _fully_connected(
+    inputs: list[ov.Node],
+    weight: PackedWeight,
+    y_features: int,
+    activation: str = "none",
+    bias: int = 0,
+    residual: int = 0,
+    residual_scale: float = 1.0,
+) -> ov.Node:
+    return operation(
+        "FullyConnected",
+        inputs,
+        **_layout(weight),
+        y_features=y_features,
+        activation=activation,
+        bias=bias,
+        residual=residual,
+        residual_scale=residual_scale,
+        activation_bits=16,
+    )

@@ -1,0 +1,89 @@
+"""What both lowerings build from OpenVINO's own operations.
+
+Letters in shapes as in `chatglm_ov.lowering`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino.opset15 as ops
+from openvino.op.util import Variable, VariableInfo
+
+from chatglm_ov.lowering import Rotary
+from chatglm_ov.weights.store import WeightStore
+
+
+def i64(*values: int) -> ov.Node:
+    """A constant vector."""
+    return ops.constant(np.array(values, dtype=np.int64))
+
+
+def scalar(value: int) -> ov.Node:
+    return ops.constant(np.int64(value))
+
+
+class GraphLowering:
+    """A model under construction: its inputs, its state, and the words that need no operation of ours."""
+
+    def __init__(self, weights: WeightStore):
+        self.weights = weights
+        self._parameters: list[ov.Node] = []
+        self._sinks: list[ov.Node] = []
+        self._angles: dict[int, Any] = {}
+
+    def inputs(self, *, position_rows: int = 1, prefix: bool = False) -> None:
+        position_shape = [-1, -1] if position_rows == 1 else [-1, position_rows, -1]
+        self.input_ids = self._input("input_ids", [-1, -1], np.int64)
+        self.attention_mask = self._input("attention_mask", [-1, -1], np.int64)
+        self.position_ids = self._input("position_ids", position_shape, np.int64)
+        self.beam_idx = self._input("beam_idx", [-1], np.int32)
+        self.logits_to_keep = self._input("logits_to_keep", [1], np.int64)
+        self.prefix_length = self._input("prefix_length", [-1], np.int64) if prefix else None
+
+    def _input(self, name: str, shape: list[int], element_type: Any) -> ov.Node:
+        node = ops.parameter(shape, element_type, name=name)
+        node.output(0).get_tensor().set_names({name})
+        self._parameters.append(node)
+        return node
+
+    def _gathered_embedding(self, name: str) -> ov.Node:
+        """Rows are gathered before they are decompressed, so that the table is never expanded."""
+        parts = self.weights.table(name)
+        rows = ops.gather(parts["weight"], self.input_ids, scalar(0))
+        if parts["weight"].get_element_type() != ov.Type.f32:
+            rows = ops.convert(rows, "f32")
+        if "scale" in parts:
+            rows = ops.multiply(rows, ops.gather(parts["scale"], self.input_ids, scalar(0)))
+        return rows
+
+    def _angle_rows(self, rotary: Rotary) -> list[ov.Node]:
+        """Angles f32 [B, L, n] of each row of positions."""
+        rows = rotary.inv_freq.shape[0]
+        positions = [self.position_ids]
+        if rows > 1:
+            positions = [ops.gather(self.position_ids, scalar(row), scalar(1)) for row in range(rows)]
+        return [
+            ops.multiply(ops.unsqueeze(ops.convert(ids, "f32"), i64(-1)), ops.constant(frequencies[None, None]))
+            for ids, frequencies in zip(positions, rotary.inv_freq, strict=True)
+        ]
+
+    def _kept(self, x: ov.Node) -> ov.Node:
+        """The last logits_to_keep positions of x [B, L, features], 0 meaning all of them."""
+        return ops.slice(x, ops.negative(self.logits_to_keep), i64(np.iinfo(np.int64).max), i64(1), i64(1))
+
+    @staticmethod
+    def _variable(variable_id: str, element_type: ov.Type, shape: list[int]) -> Variable:
+        info = VariableInfo()
+        info.data_shape = ov.PartialShape(shape)
+        info.data_type = element_type
+        info.variable_id = variable_id
+        return Variable(info)
+
+    def model(self, logits: ov.Node, name: str) -> ov.Model:
+        result = ops.result(logits)
+        result.output(0).get_tensor().set_names({"logits"})
+        result.set_friendly_name("logits")
+        return ov.Model([result], self._sinks, self._parameters, name)

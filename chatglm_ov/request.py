@@ -1,0 +1,139 @@
+"""One sequence of calls into a compiled model. Letters as in `chatglm_ov.lowering`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import openvino as ov
+
+from chatglm_ov.config import ArchitectureConfig
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.kv_cache import KVCache
+from chatglm_ov.models import architecture
+
+
+@dataclass
+class Request:
+    """One KV cache and the calls that continue it."""
+
+    config: ArchitectureConfig
+    infer_request: ov.InferRequest
+    cache: KVCache
+    past_length: int = field(default=0, init=False)
+    """Columns in the cache, padding included."""
+    rows: int = field(default=0, init=False)
+    """Rows in the cache."""
+
+    def __post_init__(self) -> None:
+        self._input_shapes = {port.any_name: port.partial_shape for port in self.infer_request.model_inputs}
+        self._columns = np.ones((0, 0), bool)
+        self._prefix = 0
+
+    def reset(self) -> None:
+        """Forget the sequence; the next call starts a fresh one and may have another number of rows."""
+        self.cache.forget()
+        self.past_length = self.rows = 0
+
+    def truncate(self, past_length: int) -> None:
+        """Go back to the first `past_length` columns of every row: the next call goes on from there.
+
+        Fused operations only. Raises ChatGLMError for other ones, for more columns than there are, and for a place
+        inside the first generation's prefix, whose columns have seen each other.
+        """
+        if not 0 <= past_length <= self.past_length:
+            raise ChatGLMError("truncate", "past_length", past_length, f"0 to {self.past_length}")
+        if 0 < past_length < self._prefix:
+            raise ChatGLMError("truncate", "past_length", past_length, f"0, or {self._prefix} (the prefix) or more")
+        self.cache.truncate()
+        self.past_length, self._columns = past_length, self._columns[:, :past_length]
+        if past_length == 0:
+            self.reset()
+
+    def infer(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        position_ids: np.ndarray,
+        beam_idx: np.ndarray,
+        logits_to_keep: int = 0,
+        prefix_length: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Feed L more tokens; returns logits float32 [B, kept, V] of the last `logits_to_keep`, 0 meaning all L.
+
+        input_ids int64 [B, L]; attention_mask int64 [B, past + L], 0 on padding, for columns in the
+        cache as it was; position_ids int64 [B, L], or
+        [B, 2, L] for ChatGLM-6B; beam_idx int32 [B], the cache row that each row continues, its own in the first
+        call; prefix_length int64 [B] for ChatGLM-6B, whose columns before it must all be in one call. Raises
+        ChatGLMError for ids out of the vocabulary, positions beyond the rotary table and shapes that do not fit;
+        the cache is then as it was.
+        """
+        inputs: dict[str, np.ndarray] = {
+            "input_ids": np.ascontiguousarray(input_ids, np.int64),
+            "attention_mask": np.ascontiguousarray(attention_mask, np.int64),
+            "position_ids": np.ascontiguousarray(position_ids, np.int64),
+            "beam_idx": np.ascontiguousarray(beam_idx, np.int32),
+            "logits_to_keep": np.array([logits_to_keep], np.int64),
+        }
+        if prefix_length is not None:
+            inputs["prefix_length"] = np.ascontiguousarray(prefix_length, np.int64)
+        self._check_shapes(inputs)
+        self._check_values(inputs)
+        inputs |= self.cache.prepare(inputs["attention_mask"], self._continued(inputs["beam_idx"]))
+        # Copied in: the plugin keeps pointers to shared inputs, and a later request writes its own through them.
+        self.infer_request.infer(inputs)
+        self.rows, new = input_ids.shape
+        self.past_length += new
+        self._columns = inputs["attention_mask"] != 0
+        self._prefix = 0 if prefix_length is None else int(inputs["prefix_length"].max())
+        return self.infer_request.get_tensor("logits").data.copy()
+
+    def _continued(self, beam_idx: np.ndarray) -> np.ndarray:
+        """Mask [B, past_length] of the columns that each row continues, as it was when they were fed."""
+        return self._columns[beam_idx] if self.past_length else np.ones((len(beam_idx), 0), bool)
+
+    def _check_shapes(self, inputs: dict[str, np.ndarray]) -> None:
+        """An input that is left out would be the last call's, and an error inside the plugin spoils the compiled
+        model for later calls: neither may come to that."""
+        ids = inputs["input_ids"]
+        if ids.ndim != 2 or ids.size == 0:
+            raise ChatGLMError("infer", "input_ids", f"of shape {ids.shape}", "[B, L], at least one token")
+        batch, new = ids.shape
+        position_rows = [rows.get_length() for rows in list(self._input_shapes["position_ids"])[1:-1]]
+        expected = {
+            "attention_mask": [batch, self.past_length + new],
+            "position_ids": [batch, *position_rows, new],
+            "beam_idx": [batch],
+            "prefix_length": [batch],
+        }
+        for name, shape in expected.items():
+            if (name in inputs) != (name in self._input_shapes):
+                seen, wanted = ("given", "none") if name in inputs else ("missing", shape)
+                raise ChatGLMError("infer", name, seen, wanted)
+            if name in inputs and list(inputs[name].shape) != shape:
+                raise ChatGLMError("infer", name, f"of shape {list(inputs[name].shape)}", shape)
+
+    def _check_values(self, inputs: dict[str, np.ndarray]) -> None:
+        rows = self.rows or len(inputs["beam_idx"])
+        limit = self.config.max_positions
+        allowed = {
+            "input_ids": (self.config.vocab_rows, "token id", ""),
+            "position_ids": (limit, "position", f" (seq_length {limit})"),
+            "beam_idx": (rows, "row", " (rows in the cache)"),
+            "logits_to_keep": (None, "number", ""),
+        }
+        for name, (end, kind, why) in allowed.items():
+            values = inputs[name]
+            wrong = values[(values < 0) | (values >= (np.inf if end is None else end))]
+            if wrong.size:
+                wanted = "0 or more" if end is None else f"0 to {end - 1}{why}"
+                raise ChatGLMError("infer", name, f"a {kind} {wrong[0]}", wanted)
+
+    def cached(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of one layer, float32 [B, num_key_value_heads, past_length, head_dim] each, with the
+        dims of a key head in the checkpoint's order. Of padding, with fused operations: zeros."""
+        key, value = self.cache.read(layer, self._columns)
+        order = architecture(self.config).key_order(self.config)
+        restored = np.empty_like(key)
+        restored[..., order] = key
+        return restored, value
