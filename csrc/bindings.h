@@ -14,9 +14,11 @@ using Array = nanobind::ndarray<const T, nanobind::ndim<kDims>, nanobind::c_cont
 template <typename T, size_t kDims>
 using MutableArray = nanobind::ndarray<T, nanobind::ndim<kDims>, nanobind::c_contig, nanobind::device::cpu>;
 
+void bind_attention(nanobind::module_& module);
 void bind_isa(nanobind::module_& module);
 void bind_limit(nanobind::module_& module);
 void bind_packing(nanobind::module_& module);
+void bind_tiles(nanobind::module_& module);
 void bind_fully_connected(nanobind::module_& module);
 
 }  // namespace chatglm

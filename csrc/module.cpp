@@ -7,8 +7,10 @@
 
 NB_MODULE(_native, module) {
     module.doc() = "Packing and kernels of chatglm_ov, and the OpenVINO extension with its operations.";
+    chatglm::bind_attention(module);
     chatglm::bind_isa(module);
     chatglm::bind_limit(module);
     chatglm::bind_packing(module);
+    chatglm::bind_tiles(module);
     chatglm::bind_fully_connected(module);
 }

@@ -39,7 +39,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> fully_connected(const std::string& is
     epilogue.residual_scale = residual_scale;
     float* y = new float[static_cast<size_t>(rows * y_features)];
     nb::capsule owner(y, [](void* p) noexcept { delete[] static_cast<float*>(p); });
-    const KernelTable& table = kernels(parse_isa(isa));
+    const KernelTable& table = kernels_by_name(isa);
     {
         nb::gil_scoped_release unlocked;
         run(table, {layout, payload.data(), activation_bits, rows, x.data(), epilogue, y, y_features});

@@ -2,6 +2,21 @@
 
 namespace chatglm {
 
+namespace {
+
+// A table with the kernels in it that use tiles.
+KernelTable with_tiles(KernelTable level, FullyConnectedKernel (*fully_connected)(WeightFormat),
+                       AttentionKernel attention) {
+    level.isa = Isa::amx;
+    level.attention = attention;
+    for (WeightFormat format : {WeightFormat::bf16, WeightFormat::int8, WeightFormat::int4}) {
+        level.fully_connected[static_cast<int>(format)] = fully_connected(format);
+    }
+    return level;
+}
+
+}  // namespace
+
 namespace avx2 {
 const KernelTable& table() {
     static const KernelTable table{Isa::avx2,
@@ -42,13 +57,19 @@ const KernelTable& table() {
 namespace amx {
 const KernelTable& table() {
     static const KernelTable table = [] {
-        KernelTable level = avx512_bf16::table();
-        level.isa = Isa::amx;
+        KernelTable level = with_tiles(avx512_bf16::table(), fully_connected, attention());
         level.limit = limit();
         return level;
     }();
     return table;
 }
 }  // namespace amx
+
+namespace amx_emulated {
+const KernelTable& table() {
+    static const KernelTable table = with_tiles(avx512_bf16::table(), fully_connected, attention());
+    return table;
+}
+}  // namespace amx_emulated
 
 }  // namespace chatglm

@@ -34,4 +34,11 @@ AttentionKernel attention();
 LimitKernel limit();
 }  // namespace amx
 
+// The kernels of `amx` with tiles computed in plain C++, on AVX-512 BF16: for tests, never selected.
+namespace amx_emulated {
+const KernelTable& table();
+FullyConnectedKernel fully_connected(WeightFormat format);
+AttentionKernel attention();
+}  // namespace amx_emulated
+
 }  // namespace chatglm

@@ -26,6 +26,12 @@ const KernelTable& kernels(Isa isa) {
     }
 }
 
+const KernelTable& kernels_by_name(const std::string& name) {
+    if (name != "amx_emulated") return kernels(parse_isa(name));
+    kernels(Isa::avx512_bf16);  // what the emulated kernels are compiled for
+    return amx_emulated::table();
+}
+
 const KernelTable& kernels() {
     static const KernelTable& table = kernels(selected_isa());
     return table;

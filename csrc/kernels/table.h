@@ -123,6 +123,9 @@ struct KernelTable {
 // The table of a level. Throws std::runtime_error if the machine lacks it.
 const KernelTable& kernels(Isa isa);
 
+// For tests: the table of a level by its name, or "amx_emulated" (levels.h). Throws as parse_isa and kernels do.
+const KernelTable& kernels_by_name(const std::string& name);
+
 // The table in use, selected at the first call (isa.h).
 const KernelTable& kernels();
 

@@ -1,0 +1,78 @@
+// How the FullyConnected kernels of this level walk over weights.
+//
+// The columns of x are cut into blocks whose rows, prepared as A tiles, fit in L2 (at most 512 KB for 512 rows). Two
+// panels of weights, a pair, are multiplied with all rows of a block before the next pair is touched, so that a weight
+// comes from memory once and then from L1. A group of pairs goes through block after block: their sums stay in L2.
+#pragma once
+
+#include "kernels/amx/tiles.h"
+#include "kernels/packing.h"
+
+namespace chatglm::CHATGLM_AMX_LEVEL {
+namespace {
+
+constexpr int64_t kTileSide = 16;
+constexpr int64_t kPairFeatures = 2 * kPanel;
+
+// Fewer rows go to the kernels below: a tile product costs the same with less rows in it. To be measured on a machine
+// with AMX; a full tile of rows is the least for which the products alone certainly win.
+constexpr int64_t kLeastRows = 16;
+
+// 8 pairs x 512 rows x 128 bytes of sums: 512 KB of an L2 of 2 MB.
+constexpr int64_t kGroupPairs = 8;
+
+// Below this size all prepared rows stay in L2, and a pair goes through all blocks at once.
+constexpr int64_t kResidentBytes = 512 << 10;
+
+inline int64_t pairs_of_group(int64_t prepared_bytes) {
+    return prepared_bytes <= kResidentBytes ? 1 : kGroupPairs;
+}
+
+// The part of a pair of panels in one block of columns; the second panel is the first again where there is no other.
+struct PairBlock {
+    int64_t panel, panels, block;
+};
+
+// Visits the pairs of the panels [begin, end) in the order above: visit(current, first panel of its group, next), where
+// next.panels is 0 at the very end; then done(first, last) with the panels of a group, whose sums are complete.
+template <typename Visit, typename Done>
+void walk(int64_t begin, int64_t end, int64_t blocks, int64_t group_pairs, const Visit& visit, const Done& done) {
+    const auto at = [&](int64_t panel, int64_t block) {
+        return PairBlock{panel, panel < end ? (panel + 1 < end ? 2 : 1) : 0, block};
+    };
+    for (int64_t first = begin; first < end; first += 2 * group_pairs) {
+        const int64_t last = first + 2 * group_pairs < end ? first + 2 * group_pairs : end;
+        for (int64_t block = 0; block < blocks; ++block) {
+            for (int64_t panel = first; panel < last; panel += 2) {
+                const bool is_last_pair = panel + 2 >= last, is_last_block = block + 1 == blocks;
+                const PairBlock next = !is_last_pair    ? at(panel + 2, block)
+                                       : !is_last_block ? at(first, block + 1)
+                                                        : at(last, 0);
+                visit(at(panel, block), first, next);
+            }
+        }
+        done(first, last);
+    }
+}
+
+// Brings the weights of the next pair into L2 while this one is multiplied, some lines a step.
+class Prefetch {
+public:
+    Prefetch(const uint8_t* first, const uint8_t* second, int64_t bytes, int64_t steps)
+        : from_{first, second}, bytes_(bytes), step_(round_up((bytes + steps - 1) / steps, 64)) {}
+
+    void step() {
+        const int64_t end = done_ + step_ < bytes_ ? done_ + step_ : bytes_;
+        for (; done_ < end; done_ += 64) {
+            __builtin_prefetch(from_[0] + done_, 0, 2);
+            __builtin_prefetch(from_[1] + done_, 0, 2);
+        }
+    }
+
+private:
+    const uint8_t* from_[2];
+    int64_t bytes_, step_, done_ = 0;
+};
+
+}  // namespace
+}  // namespace chatglm::CHATGLM_AMX_LEVEL
