@@ -1,0 +1,110 @@
+"""Converted folders to measure: one that is there, or made of a checkpoint or of random weights in a temporary one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+from chatglm_ov.bench.weights import RandomWeights
+from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
+from chatglm_ov.conversion import convert_weights, make_plan
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.models import architecture
+from chatglm_ov.presets import config_json
+from chatglm_ov.runtime import weight_formats
+from chatglm_ov.sizes import size
+
+DEFAULT_FORMATS = ("bf16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights come from. folder: None for random weights. ops: of a converted folder, which has no other;
+    None where every lowering can be made."""
+
+    name: str
+    fields: dict[str, Any]
+    folder: Path | None = None
+    ops: str | None = None
+
+    @property
+    def config(self) -> ArchitectureConfig:
+        return parse_config(self.fields, self.name)
+
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """Those that are measured without a choice."""
+        return DEFAULT_FORMATS if self.ops is None else tuple(weight_formats(self.folder or self.name))
+
+    def weights(self) -> Checkpoint:
+        """The weights to convert. Use as a context manager."""
+        return RandomWeights(self.fields) if self.folder is None else Checkpoint.open(self.folder)
+
+
+def from_preset(preset: str, layers: int | None = None) -> Source:
+    """Random weights at a released model's shapes, with fewer layers if asked for."""
+    name = preset if layers is None else f"{preset}, {layers} layers"
+    return Source(name, config_json(preset, **({} if layers is None else {"num_layers": layers})))
+
+
+def from_folder(folder: Path) -> Source:
+    """A checkpoint folder or a converted one. Raises ChatGLMError for anything else."""
+    fields = read_config_json(folder)
+    parse_config(fields, folder / "config.json")
+    marker = fields.get("chatglm_ov")
+    return Source(str(folder), fields, folder, marker.get("ops", "stock") if isinstance(marker, dict) else None)
+
+
+def check_disk(source: Source, formats: Sequence[str], lowerings: Sequence[str], place: Path | None) -> None:
+    """Raises ChatGLMError where a format in all of the lowerings, which are there at once, would not fit."""
+    if source.ops is not None:
+        return
+    folder = place or Path(gettempdir())
+    if not folder.is_dir():
+        raise ChatGLMError(folder, "work folder", "missing", "a folder")
+    with source.weights() as weights:
+        module, config = architecture(source.config), source.config
+        weights.verify(module.weight_shapes(config), ignored=lambda name: module.is_ignored(config, name))
+        needed = max(sum(make_plan(config, weights, [name], ops).disk_bytes for ops in lowerings) for name in formats)
+    free = psutil.disk_usage(str(folder)).free
+    if free < needed:
+        raise ChatGLMError(folder, "free disk space", size(free), f"{size(needed)} for a temporary folder")
+
+
+@contextmanager
+def converted(
+    source: Source, weight_format: str, lowerings: Sequence[str], place: Path | None
+) -> Iterator[dict[str, Path]]:
+    """Converted folders that hold `weight_format`, by lowering. What is made for it is removed afterwards."""
+    if source.ops is not None:
+        yield {source.ops: source.folder or Path(source.name)}
+        return
+    with TemporaryDirectory(prefix="chatglm-ov-bench-", dir=place) as temporary:
+        folders = {ops: Path(temporary) / ops for ops in lowerings}
+        with source.weights() as weights:
+            total = sum(make_plan(source.config, weights, [weight_format], ops).read_bytes for ops in lowerings)
+            with tqdm(total=total, unit="B", unit_scale=True, desc=weight_format) as bar:
+                for ops, folder in folders.items():
+                    convert_weights(weights, source.fields, folder, weight_format, ops, lambda _, n: bar.update(n))
+        for folder in folders.values():
+            _finish_writing(folder)
+        yield folders
+
+
+def _finish_writing(folder: Path) -> None:
+    """A disk that is still busy would disturb what is measured next."""
+    for file in folder.rglob("*.bin"):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

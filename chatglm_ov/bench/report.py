@@ -1,0 +1,136 @@
+"""From times to figures: strings, numbers, lists and dicts only, for the JSON file, the tables and the picture.
+
+Everything is in seconds, bytes and operations (2 a multiply-add). A figure of a step is the median of the rounds'
+medians; shares are of the medians of the limits that were measured between the same rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from chatglm_ov.bench.limits import Limits, disturbed_rounds, summary
+from chatglm_ov.bench.measure import WARM_STEPS, Case, Record, Times, Variant
+from chatglm_ov.bench.work import cache_bytes, prompt_operations
+from chatglm_ov.config import ArchitectureConfig
+
+Peak = tuple[str, str, float]
+"""How it is called, the limit that it is made of, and the factor."""
+
+
+def peak_of(variant: Variant) -> Peak | None:
+    """What a prompt is measured against. Weights of int8 and int4 take two int8 passes with 16-bit activations; the
+    stock lowering multiplies in bf16 at most that fast. There is no limit for f32."""
+    if variant.weight_format == "f32" or variant.hint == "f32":
+        return None
+    if variant.weight_format == "bf16" or variant.ops == "stock":
+        return "bf16", "bf16", 1.0
+    return ("int8", "int8", 1.0) if variant.activation_bits == 8 else ("int8 / 2", "int8", 0.5)
+
+
+def format_report(
+    config: ArchitectureConfig, records: Sequence[Record], steps: int, limits: Limits, left_out: Sequence[str]
+) -> dict[str, Any]:
+    """Of one weight format: limits, models, and how they compare with the stock lowering that was run beside them."""
+    known = {name: summary(values) for name, values in limits.samples.items() if values}
+    medians = {name: values["median"] for name, values in known.items()}
+    models = [_model(config, record, steps, medians) for record in records]
+    return {
+        "weight_format": records[0].variant.weight_format,
+        "limits": known or None,
+        "disturbed_rounds": disturbed_rounds(limits.samples) if known else [],
+        "models": models,
+        "left_out": list(left_out),
+        "against_stock": _against_stock(models),
+    }
+
+
+def _model(config: ArchitectureConfig, record: Record, steps: int, limits: dict[str, float]) -> dict[str, Any]:
+    variant = record.variant
+    return {
+        "label": variant.label,
+        "ops": variant.ops,
+        "weight_format": variant.weight_format,
+        "activation_bits": variant.activation_bits,
+        "kv_cache_format": variant.kv_cache_format,
+        "hint": variant.hint,
+        "weight_bytes": record.weight_bytes,
+        "load_seconds": summary(record.load),
+        "anonymous_bytes_compiled": summary(record.anonymous_compiled),
+        "anonymous_bytes_first": summary(record.anonymous_first),
+        "cases": [_case(config, record, case, times, steps, limits) for case, times in record.cases.items()],
+    }
+
+
+def _case(
+    config: ArchitectureConfig, record: Record, case: Case, times: Times, steps: int, limits: dict[str, float]
+) -> dict[str, Any]:
+    return {
+        "kind": "context" if case.filled else "prompt",
+        "tokens": case.tokens,
+        "batch": case.batch,
+        "prompt": _prompt(config, record.variant, case, times, steps, limits),
+        "decode": _decode(config, record, case, times, steps, limits),
+    }
+
+
+def _prompt(
+    config: ArchitectureConfig, variant: Variant, case: Case, times: Times, steps: int, limits: dict[str, float]
+) -> dict[str, Any]:
+    length, peak = case.prompt_tokens(steps), peak_of(variant)
+    operations, seconds = prompt_operations(config, length, case.batch), summary(times.prompt)
+    rate = operations / seconds["median"]
+    most = None if peak is None or peak[1] not in limits else limits[peak[1]] * peak[2]
+    return {
+        "tokens": length,
+        "calls": len(case.calls(steps)),
+        "seconds": seconds,
+        "tokens_per_second": length * case.batch / seconds["median"],
+        "operations": operations,
+        "operations_per_second": rate,
+        "peak": None if peak is None else peak[0],
+        "peak_operations_per_second": most,
+        "share": None if most is None else rate / most,
+    }
+
+
+def _decode(
+    config: ArchitectureConfig, record: Record, case: Case, times: Times, steps: int, limits: dict[str, float]
+) -> dict[str, Any]:
+    last = case.tokens if case.filled else case.tokens + steps + WARM_STEPS
+    cached = last - (steps - 1) / 2
+    in_cache = cache_bytes(config, record.variant.kv_cache_format, cached, case.batch)
+    seconds = summary([median(samples) for samples in times.steps])
+    rate = (record.weight_bytes + in_cache) / seconds["median"]
+    return {
+        "cached_tokens": cached,
+        "seconds": seconds | {"steps": times.steps},
+        "tokens_per_second": case.batch / seconds["median"],
+        "cache_bytes": in_cache,
+        "bytes": record.weight_bytes + in_cache,
+        "bytes_per_second": rate,
+        "limit_bytes_per_second": limits.get("read"),
+        "share": rate / limits["read"] if "read" in limits else None,
+    }
+
+
+def _against_stock(models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each model and case that was not run as a rival: how many times as fast as the better of the rivals."""
+    rivals = [model for model in models if model["hint"] is not None]
+    if not rivals:
+        return []
+    return [
+        {
+            "label": model["label"],
+            **{name: case[name] for name in ("kind", "tokens", "batch")},
+            **{phase: _ratio(case, [rival["cases"][i] for rival in rivals], phase) for phase in ("prompt", "decode")},
+        }
+        for model in models
+        if model["hint"] is None
+        for i, case in enumerate(model["cases"])
+    ]
+
+
+def _ratio(case: dict[str, Any], rivals: Sequence[dict[str, Any]], phase: str) -> float:
+    return min(rival[phase]["seconds"]["median"] for rival in rivals) / case[phase]["seconds"]["median"]
