@@ -22,6 +22,7 @@ constexpr int kLanes = 8;
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
 
 inline Floats load(const float* p) {
     Floats v;
@@ -89,6 +90,14 @@ inline Floats floats_of_bits(Ints bits) {
     return v;
 }
 
+// True in the first `count` lanes.
+inline Ints first_lanes(int64_t count) {
+    static constexpr int32_t kIndices[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Ints indices;
+    std::memcpy(&indices, kIndices, sizeof indices);
+    return indices < static_cast<int32_t>(count < kLanes ? count : kLanes);
+}
+
 inline Floats absolute(Floats v) {
     return floats_of_bits(bits_of(v) & 0x7fffffff);
 }
@@ -113,8 +122,8 @@ inline Floats exp_of(Floats x) {
     p = p * r + 0.49999994f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    // p is in [0.7, 1.5): n goes into its exponent, and where n = 128, p is below 1.
-    const Floats result = floats_of_bits(bits_of(p) + (bits_of(shifted) << 23));
+    // p is in [0.7, 1.5): n goes into its exponent, and where n = 128, p is below 1. Unsigned, as NaN may wrap around.
+    const Floats result = floats_of_bits(Ints(Bits(bits_of(p)) + (Bits(bits_of(shifted)) << 23)));
     const Floats outside = x < low ? Floats{} : x + std::numeric_limits<float>::infinity();
     return inside == x ? result : outside;
 }
