@@ -38,6 +38,7 @@ class RandomWeights(Checkpoint):
     def close(self) -> None:
         super().close()
         self._pools.clear()
+        self.__dict__.pop("_normal", None)
 
     @cached_property
     def _normal(self) -> np.ndarray:
