@@ -21,9 +21,9 @@ namespace {
 constexpr int kLineBytes = 64;
 // Of a panel: two panels of a block stay in the first-level cache while all rows pass.
 constexpr int kBlockLines = 128;
-// A mapped file has pages of 4 KB, at whose ends the processor's own prefetcher stops.
-constexpr int kPrefetchBytes = 2048;
-// Two panels by 12 rows are 24 accumulators, a register each; four panels are for few rows.
+// Farther ahead it confuses the processor's own prefetcher.
+constexpr int kPrefetchBytes = 256;
+// Rows of a tile of two panels (24 accumulators, a register each) and of one of four, which is for no more rows.
 constexpr int kManyRows = 12, kFewRows = 4;
 
 // Prepared: words [tile of 12 rows][word][row of the tile].

@@ -17,9 +17,9 @@ namespace {
 // Accumulators of the largest tile, a register each, of 32.
 constexpr int kAccumulators = 24;
 constexpr int kLineBytes = 64;
-// Codes are prefetched this far ahead: a mapped file has pages of 4 KB, at whose ends the processor's own prefetcher
-// stops.
-constexpr int kPrefetchBytes = 2048;
+// Codes are prefetched a little ahead, over the ends of pages too. Farther ahead (measured: from 512 on) it confuses the
+// processor's own prefetcher, which does most.
+constexpr int kPrefetchBytes = 256;
 
 // Conversions under this mask are the plain instructions; GCC 12 warns of its own header's form without one.
 constexpr __mmask16 kAll = 0xffff;
