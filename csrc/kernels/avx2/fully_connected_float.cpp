@@ -57,6 +57,7 @@ template <typename Format, int kRows, int kPanels>
     for (int64_t k = 0; k < tile.columns; k += Format::kStep, line += kLineBytes) {
 #pragma GCC unroll 2
         for (int p = 0; p < kPanels; ++p) _mm_prefetch(line + p * tile.panel_bytes + kPrefetchBytes, _MM_HINT_T0);
+        _mm_prefetch(tile.x + kRows * (tile.columns + k), _MM_HINT_T0);  // for the tile of the next rows
 #pragma GCC unroll 2
         for (int i = 0; i < Format::kStep; ++i) {
             Floats weight[kVectors];

@@ -242,6 +242,7 @@ template <int kRows>
         const int64_t end = std::min(k + x.group, x.columns);
         Sums sums[kRows][kHalves] = {};
         do {
+            _mm_prefetch(x.codes + kRows * (x.columns + k), _MM_HINT_T0);  // for the tile of the next rows
             const __m256i codes[kHalves] = {line[0], line[1]};
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) {
