@@ -188,9 +188,12 @@ void run_parts(const Tiles& tiles, int64_t longest) {
             tiles.attend(row_of(group), head_of(group), tile, from, to, result.context, result.max, result.sum);
         }
     });
-    for (int64_t group = 0; group < groups; ++group) {
-        merge_parts(tiles, row_of(group), head_of(group), group % tiles.count, parts, place(group, 0));
-    }
+    // A merge is short: the start of a task is worth it for several only.
+    parallel_pieces(groups, 8, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t group = begin; group < end; ++group) {
+            merge_parts(tiles, row_of(group), head_of(group), group % tiles.count, parts, place(group, 0));
+        }
+    });
 }
 
 }  // namespace
