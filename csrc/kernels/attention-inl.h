@@ -133,7 +133,9 @@ void multiply_values(const float* weight, int64_t slots, const Element* values, 
                 Floats even, odd;
                 widen(values + line + part * 2 * kLanes, even, odd);
                 add_product<kRows>(weight + slot, kStepStride, even, sums[i], part);
-                if constexpr (slots_of_line() == 2) add_product<kRows>(weight + slot + 1, kStepStride, odd, sums[i], part);
+                if constexpr (slots_of_line() == 2) {
+                    add_product<kRows>(weight + slot + 1, kStepStride, odd, sums[i], part);
+                }
             }
         }
     };
@@ -241,8 +243,8 @@ private:
         }
     }
 
-    // Scores of a row to p, with the context and the sum of earlier steps brought to the new maximum. Slots that the
-    // row does not see get p = 0 by selection: their scores and scales may be NaN.
+    // Scores of a row to p (int8: times the scale of the value), with the context and the sum of earlier steps brought
+    // to the new maximum. Scores that the row does not see may be NaN: selection makes them -infinity, and their p 0.
     void soften(int64_t row, int64_t begin, int64_t slots) {
         float* weight = weight_ + row * kStepStride;
         const int64_t seen = std::clamp<int64_t>(tile_.visible[row] - begin, 0, slots);
@@ -267,7 +269,7 @@ private:
             if constexpr (kScaled<Element>) {
                 p *= load(scales(begin + at, tile_.layout.value_scale_offset())) * odd_factors;
             }
-            store(weight + at, first_lanes(seen - at) ? p : Floats{});
+            store(weight + at, p);
         }
         const Floats factor = exp_of(broadcast(tile_.max[row] - max));
         float* context = tile_.context + row * dim_;
