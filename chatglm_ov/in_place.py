@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 @cache
 def works_in_place() -> bool:
     """The answer for this process; a warning tells a "no"."""
-    fine = is_kept_in_place(_trial_model())
+    fine = is_kept_in_place(trial_model())
     if not fine:
         log.warning("this OpenVINO copies the state of a model: the KV cache is copied for every token")
     return fine
@@ -50,7 +50,7 @@ def is_kept_in_place(model: ov.Model) -> bool:
     return kept and places[0] == places[1]
 
 
-def _trial_model() -> ov.Model:
+def trial_model() -> ov.Model:
     """One head of 16 dims, one block of slots; the position of both tokens is 0."""
     qkv = ops.parameter([1, 1, 3 * DIM], np.float32, name="qkv")
     slots = ops.parameter([1, 1], np.int32, name="slots")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +166,9 @@ def open_compiled(tmp_path_factory: pytest.TempPathFactory) -> Opener:
         return load_model(converted(checkpoint, weight_format, ops), weight_format, precision, **options)
 
     return open_once
+
+
+@pytest.fixture(params=OPS)
+def open_either(request: pytest.FixtureRequest, open_compiled: Opener) -> Opener:
+    """The same, of each lowering in turn."""
+    return partial(open_compiled, ops=request.param)

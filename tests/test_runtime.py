@@ -20,6 +20,7 @@ from golden_cases import (  # noqa: F401
     each_small,
     golden_prompt,
     open_compiled,
+    open_either,
     own_prompt,
     teacher_forced,
 )
@@ -36,8 +37,8 @@ def original_cache(golden: Golden, prompt: str, part: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("golden", "prompt"), cases("dec_logits"))
-def test_goldens(golden, prompt, open_compiled: Opener, record_property):
-    model = open_compiled(golden.checkpoint)
+def test_goldens(golden, prompt, open_either: Opener, record_property):
+    model = open_either(golden.checkpoint)
     given, request = golden_prompt(golden, prompt, model), model.create_request()
     wanted = golden[f"{prompt}_dec_logits"]
     tokens = golden[f"{prompt}_dec_tokens"]
@@ -58,8 +59,8 @@ def test_goldens(golden, prompt, open_compiled: Opener, record_property):
 
 
 @pytest.mark.parametrize("golden", CHATS, ids=str)
-def test_chat_goldens(golden, open_compiled: Opener):
-    model = open_compiled(golden.checkpoint)
+def test_chat_goldens(golden, open_either: Opener):
+    model = open_either(golden.checkpoint)
     request = model.create_request()
     for i, ids in enumerate(chat_prompts(golden)):
         tokens = golden[f"q{i}_dec_tokens"][None]
@@ -70,26 +71,26 @@ def test_chat_goldens(golden, open_compiled: Opener):
         np.testing.assert_array_equal(decoded.argmax(-1), tokens)
 
 
-def test_first_generation_scales_the_residual_for_28_layers(open_compiled: Opener, shared: Path):
+def test_first_generation_scales_the_residual_for_28_layers(open_either: Opener, shared: Path):
     """The other reading, sqrt(2 num_layers), gives other logits by far, unless there are 28 layers."""
     folder = shared / "golden" / "v1" / "v1_tiny"
     other = np.load(folder / "golden_alpha_from_num_layers.npz")
-    model = open_compiled(folder / "checkpoint")
+    model = open_either(folder / "checkpoint")
     prompt = golden_prompt(Golden("shared", folder), "p17", model)
     ours = prompt.feed(model.create_request())
     assert np.abs(ours - other["p17_prefill_logits"]).max() > 100 * TOLERANCE
 
 
-def test_padding_without_a_mask_is_seen(shared: Path, open_compiled: Opener):
+def test_padding_without_a_mask_is_seen(shared: Path, open_either: Opener):
     golden = Golden("shared", shared / "golden" / "v3" / "v3_tiny")
-    model = open_compiled(golden.checkpoint)
+    model = open_either(golden.checkpoint)
     ours = own_prompt(golden["batch_input_ids"], model).feed(model.create_request())
     assert np.abs(ours - golden["batch_nomask_prefill_logits"]).max() < TOLERANCE
 
 
 @each_golden
-def test_batch_row_is_the_row_alone(golden, open_compiled: Opener):
-    model = open_compiled(golden.checkpoint)
+def test_batch_row_is_the_row_alone(golden, open_either: Opener):
+    model = open_either(golden.checkpoint)
     batch = golden_prompt(golden, "batch", model)
     tokens = golden["batch_dec_tokens"]
     _, together = teacher_forced(model.create_request(), batch, tokens)
@@ -99,9 +100,9 @@ def test_batch_row_is_the_row_alone(golden, open_compiled: Opener):
 
 
 @each_small
-def test_stepwise_is_full(golden, open_compiled: Opener):
+def test_stepwise_is_full(golden, open_either: Opener):
     """From the end of the prompt on: the first generation's prefix must be in one call."""
-    model = open_compiled(golden.checkpoint)
+    model = open_either(golden.checkpoint)
     prompt, tokens = golden_prompt(golden, "p5", model), golden["p5_dec_tokens"]
     _, stepwise = teacher_forced(model.create_request(), prompt, tokens)
     full = prompt.extended(tokens[:, :-1]).feed(model.create_request(), logits_to_keep=tokens.shape[1])
@@ -109,8 +110,8 @@ def test_stepwise_is_full(golden, open_compiled: Opener):
 
 
 @pytest.mark.parametrize("cuts", [(1,), (16,), (3, 4, 11)], ids=str)
-def test_chunked_prompt_is_the_whole(cuts, open_compiled: Opener):
-    model = open_compiled(V2.checkpoint)
+def test_chunked_prompt_is_the_whole(cuts, open_either: Opener):
+    model = open_either(V2.checkpoint)
     prompt = golden_prompt(V2, "batch", model)
     whole, request = prompt.feed(model.create_request()), model.create_request()
     ends = (*cuts, prompt.ids.shape[1])
@@ -119,9 +120,9 @@ def test_chunked_prompt_is_the_whole(cuts, open_compiled: Opener):
     assert np.abs(np.concatenate(chunks, axis=1) - whole)[real].max() < SAME
 
 
-def test_chunk_after_the_prefix_is_the_whole(open_compiled: Opener):
+def test_chunk_after_the_prefix_is_the_whole(open_either: Opener):
     """The first generation: `mid` has seven columns from <sop> on, which are causal."""
-    model = open_compiled(V1.checkpoint)
+    model = open_either(V1.checkpoint)
     prompt = golden_prompt(V1, "mid", model)
     whole, request = prompt.feed(model.create_request()), model.create_request()
     first_end = int(prompt.prefix[0]) + 1
@@ -131,8 +132,8 @@ def test_chunk_after_the_prefix_is_the_whole(open_compiled: Opener):
 
 @each_small
 @pytest.mark.parametrize("precision", ["f32", None])
-def test_reset_is_fresh(golden, precision, open_compiled: Opener):
-    model = open_compiled(golden.checkpoint, "int8", precision)
+def test_reset_is_fresh(golden, precision, open_either: Opener):
+    model = open_either(golden.checkpoint, "int8", precision)
     prompt, batch = golden_prompt(golden, "p5", model), golden_prompt(golden, "batch", model)
     fresh = teacher_forced(model.create_request(), prompt, golden["p5_dec_tokens"])
     used = model.create_request()
@@ -144,8 +145,8 @@ def test_reset_is_fresh(golden, precision, open_compiled: Opener):
 
 
 @each_small
-def test_warm_up_leaves_no_trace(golden, open_compiled: Opener):
-    model = open_compiled(golden.checkpoint)
+def test_warm_up_leaves_no_trace(golden, open_either: Opener):
+    model = open_either(golden.checkpoint)
     prompt, tokens = golden_prompt(golden, "p5", model), golden["p5_dec_tokens"]
     request = model.create_request()
     alone = teacher_forced(request, prompt, tokens)[1]
@@ -159,8 +160,8 @@ def test_warm_up_leaves_no_trace(golden, open_compiled: Opener):
 
 
 @each_small
-def test_requests_do_not_disturb_each_other(golden, open_compiled: Opener):
-    model = open_compiled(golden.checkpoint)
+def test_requests_do_not_disturb_each_other(golden, open_either: Opener):
+    model = open_either(golden.checkpoint)
     one, other = golden_prompt(golden, "p5", model), golden_prompt(golden, "batch", model)
     tokens, other_tokens = golden["p5_dec_tokens"], golden["batch_dec_tokens"]
     alone = teacher_forced(model.create_request(), one, tokens)[1]
@@ -176,9 +177,9 @@ def test_requests_do_not_disturb_each_other(golden, open_compiled: Opener):
 
 
 @each_small
-def test_beam_idx_continues_the_rows_it_names(golden, open_compiled: Opener):
+def test_beam_idx_continues_the_rows_it_names(golden, open_either: Opener):
     """Reordered, repeated, more and fewer rows: as if each row had been computed from its start."""
-    model = open_compiled(golden.checkpoint)
+    model = open_either(golden.checkpoint)
     prompt = golden_prompt(golden, "batch", model)
     history = prompt
     request, rng = model.create_request(), np.random.default_rng(0)
@@ -197,22 +198,20 @@ def test_beam_idx_continues_the_rows_it_names(golden, open_compiled: Opener):
 
 @each_small
 @pytest.mark.parametrize("kept", [1, 2, 30, 31])
-def test_logits_to_keep_are_the_last(golden, kept, open_compiled: Opener):
-    model = open_compiled(golden.checkpoint)
+def test_logits_to_keep_are_the_last(golden, kept, open_either: Opener):
+    model = open_either(golden.checkpoint)
     prompt = golden_prompt(golden, "batch", model)
     whole = prompt.feed(model.create_request())
     np.testing.assert_allclose(prompt.feed(model.create_request(), logits_to_keep=kept), whole[:, -kept:], atol=SAME)
 
 
 @each_small
-def test_default_precision_computes_the_same_model(golden, open_compiled: Opener):
+def test_default_precision_computes_the_same_model(golden, open_either: Opener):
     """Where the device prefers bf16, unit roundoff 2^-8 over some dozens of operations in a row stays far below 10 %
     of the logits' norm; a wrong kernel does not."""
-    prompt = golden_prompt(golden, "batch", open_compiled(golden.checkpoint))
+    prompt = golden_prompt(golden, "batch", open_either(golden.checkpoint))
     exact, ours = (
-        teacher_forced(open_compiled(golden.checkpoint, "f32", p).create_request(), prompt, golden["batch_dec_tokens"])[
-            1
-        ]
+        teacher_forced(open_either(golden.checkpoint, "f32", p).create_request(), prompt, golden["batch_dec_tokens"])[1]
         for p in ("f32", None)
     )
     assert np.linalg.norm(ours - exact) < 0.1 * np.linalg.norm(exact)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_cases import TOLERANCE, V1, V2, Opener, Prompt, each_small, golden_prompt, open_compiled  # noqa: F401
+from golden_cases import TOLERANCE, V1, V2, Opener, Prompt, each_small, golden_prompt, open_compiled, open_either  # noqa: F401
 
 from chatglm_ov import ChatGLMError, convert
 from chatglm_ov.runtime import CompiledModel, Request, default_weight_format, load_model, weight_formats
@@ -54,8 +54,8 @@ WRONG_CALLS: dict[str, tuple[str, Callable[[Prompt, CompiledModel], dict[str, ob
 
 @each_small
 @pytest.mark.parametrize("wrong", WRONG_CALLS)
-def test_wrong_calls_are_named_and_harmless(golden, wrong, open_compiled: Opener):
-    model = open_compiled(golden.checkpoint)
+def test_wrong_calls_are_named_and_harmless(golden, wrong, open_either: Opener):
+    model = open_either(golden.checkpoint)
     prompt, request = golden_prompt(golden, "batch", model), model.create_request()
     right = call(request, prompt)
     field, changes = WRONG_CALLS[wrong]
@@ -68,8 +68,8 @@ def test_wrong_calls_are_named_and_harmless(golden, wrong, open_compiled: Opener
 
 
 @each_small
-def test_wrong_call_leaves_the_cache_as_it_was(golden, open_compiled: Opener):
-    model = open_compiled(golden.checkpoint)
+def test_wrong_call_leaves_the_cache_as_it_was(golden, open_either: Opener):
+    model = open_either(golden.checkpoint)
     prompt, request = golden_prompt(golden, "batch", model), model.create_request()
     prompt.feed(request)
     next_token = prompt.extended(golden["batch_dec_tokens"][:, :1])
@@ -89,8 +89,8 @@ def test_wrong_call_leaves_the_cache_as_it_was(golden, open_compiled: Opener):
     assert np.abs(ours[:, -1] - golden["batch_dec_logits"][:, 1]).max() < TOLERANCE
 
 
-def test_left_out_prefix_is_not_the_last_calls(open_compiled: Opener):
-    model = open_compiled(V1.checkpoint)
+def test_left_out_prefix_is_not_the_last_calls(open_either: Opener):
+    model = open_either(V1.checkpoint)
     prompt, request = golden_prompt(V1, "batch", model), model.create_request()
     call(request, prompt)
     request.reset()
@@ -98,15 +98,15 @@ def test_left_out_prefix_is_not_the_last_calls(open_compiled: Opener):
         call(request, prompt, prefix_length=None)
 
 
-def test_prefix_of_a_model_without_one_is_refused(open_compiled: Opener):
-    model = open_compiled(V2.checkpoint)
+def test_prefix_of_a_model_without_one_is_refused(open_either: Opener):
+    model = open_either(V2.checkpoint)
     prompt = golden_prompt(V2, "p5", model)
     with pytest.raises(ChatGLMError, match="prefix_length is given, expected none"):
         call(model.create_request(), prompt, prefix_length=np.array([3]))
 
 
-def test_position_beyond_the_rotary_table_is_refused(open_compiled: Opener):
-    model = open_compiled(V2.checkpoint)
+def test_position_beyond_the_rotary_table_is_refused(open_either: Opener):
+    model = open_either(V2.checkpoint)
     prompt = golden_prompt(V2, "p5", model)
     last = np.array([[507, 508, 509, 510, 511]])
     assert np.isfinite(call(model.create_request(), prompt, position_ids=last)).all()
@@ -114,8 +114,8 @@ def test_position_beyond_the_rotary_table_is_refused(open_compiled: Opener):
         call(model.create_request(), prompt, position_ids=last + 1)
 
 
-def test_first_generation_has_no_last_position(open_compiled: Opener):
-    model = open_compiled(V1.checkpoint)
+def test_first_generation_has_no_last_position(open_either: Opener):
+    model = open_either(V1.checkpoint)
     prompt = golden_prompt(V1, "p5", model)
     assert np.isfinite(call(model.create_request(), prompt, position_ids=prompt.position_ids + 5000)).all()
 

@@ -40,11 +40,17 @@ class FusedLowering(GraphLowering):
         if self.prefix_length is not None:
             columns.append(ops.convert(self.prefix_length, "i32"))
         variable = self._variable(BEAM_TABLE, ov.Type.i32, [-1, -1])
-        # Before there is a past the table is not read. A size that is known to be 0 would fix that of the variable.
-        unread = ops.broadcast(np.int32(0), ops.shape_of(self.attention_mask))
-        past = ops.read_value(unread, variable)
+        past = ops.read_value(self._empty_table(), variable)
         self._slots = operation("CacheTable", [past, *columns], prefix=int(prefix))
         self._sinks.append(ops.assign(self._slots, variable))
+
+    def _empty_table(self) -> ov.Node:
+        """i32 [B, 0]. The size is computed: one that is known to be 0 would be that of the variable for ever. And it
+        is 0: what the plugin writes there may lie in the memory of another request, of another size."""
+        sizes = ops.shape_of(self.attention_mask)
+        columns = ops.gather(sizes, i64(1), scalar(0))
+        none = ops.subtract(columns, columns)
+        return ops.broadcast(np.int32(0), ops.concat([ops.gather(sizes, i64(0), scalar(0)), none], 0))
 
     def embedding(self, name: str, *, tied: bool = False) -> ov.Node:
         # A row is scattered over the payload, so what is only looked up lies row by row.

@@ -1,0 +1,87 @@
+"""Attention that writes into the value of a state: whether that is so is noticed, and what is done where it is not."""
+
+# ruff: noqa: F811 (a fixture is imported)
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from golden_cases import V1, V2, Opener, each_small, golden_prompt, open_compiled, teacher_forced, without_library  # noqa: F401
+
+from chatglm_ov import in_place
+from chatglm_ov.runtime import CompiledModel, core
+
+pytestmark = without_library
+
+
+def test_this_openvino_keeps_one_buffer():
+    assert in_place.works_in_place()
+
+
+def test_a_model_that_copies_is_noticed():
+    model = in_place.trial_model()
+    assert in_place.is_kept_in_place(model)
+    in_place.copy_caches(model)
+    assert not in_place.is_kept_in_place(model)
+
+
+def copying(model: CompiledModel) -> CompiledModel:
+    """The same model by the fall-back."""
+    graph = model.model.clone()
+    in_place.copy_caches(graph)
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    return CompiledModel(
+        model.config,
+        model.weight_format,
+        graph,
+        core().compile_model(graph, "CPU", settings),
+        "fused",
+        model.kv_cache_format,
+    )
+
+
+@each_small
+@pytest.mark.parametrize("how", [("f32", "f32"), ("int8", None)], ids=str)
+def test_the_fall_back_gives_the_same(golden, how, open_compiled: Opener):
+    """Bit for bit: logits, and the cache, over a prompt and steps, a reorder, growth and a reset."""
+    model = open_compiled(golden.checkpoint, *how, ops="fused")
+    prompt, requests = golden_prompt(golden, "batch", model), (model.create_request(), copying(model).create_request())
+    tokens = golden["batch_dec_tokens"]
+    for _ in range(2):
+        ours, wanted = (teacher_forced(request, prompt, tokens)[1] for request in requests)
+        np.testing.assert_array_equal(ours, wanted)
+    whole = prompt.extended(tokens)
+    for request in requests:
+        request.cache.make_room(5, 300, keep=True)
+    rows = np.array([2, 0, 0, 1])
+    prefix = None if prompt.prefix is None else prompt.prefix[rows]
+    step = (whole.ids[rows, -1:], whole.keep[rows], whole.position_ids[rows, ..., -1:], rows, 1, prefix)
+    ours, wanted = (request.infer(*step) for request in requests)
+    np.testing.assert_array_equal(ours, wanted)
+    for layer in range(model.config.num_layers):
+        for ours, wanted in zip(*(request.cached(layer) for request in requests), strict=True):
+            np.testing.assert_array_equal(ours, wanted)
+
+
+def test_the_fall_back_has_no_state_written_in_place(open_compiled: Opener):
+    model = copying(open_compiled(V2.checkpoint, ops="fused"))
+    nodes = model.model.get_ops()
+    attention = [node for node in nodes if node.get_type_name() == "MultiHeadAttention"]
+    assert len(attention) == model.config.num_layers
+    for node in attention:
+        assert node.get_attributes()["in_place"] == 0
+        assert [t.get_node().get_type_name() for t in node.output(1).get_target_inputs()] == ["Assign"]
+
+
+def test_two_requests_of_the_fall_back(open_compiled: Opener):
+    model = copying(open_compiled(V1.checkpoint, ops="fused"))
+    one, other = golden_prompt(V1, "p5", model), golden_prompt(V1, "batch", model)
+    first, second = model.create_request(), model.create_request()
+    one.feed(first)
+    other.feed(second)
+    steps = [
+        one.extended(V1["p5_dec_tokens"][:, :1]).feed(first, 5),
+        other.extended(V1["batch_dec_tokens"][:, :1]).feed(second, other.ids.shape[1]),
+    ]
+    for name, step in zip(("p5", "batch"), steps, strict=True):
+        assert np.abs(step[:, -1] - V1[f"{name}_dec_logits"][:, 1]).max() < 1e-3
