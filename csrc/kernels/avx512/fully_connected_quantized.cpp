@@ -17,7 +17,7 @@ namespace {
 // Accumulators of the largest tile, a register each, of 32.
 constexpr int kAccumulators = 24;
 constexpr int kLineBytes = 64;
-// Codes are prefetched a little ahead, over the ends of pages too. Farther ahead (measured: from 512 on) it confuses the
+// Codes are prefetched a little ahead, over the ends of pages too. Farther (measured: from 512 on) it confuses the
 // processor's own prefetcher, which does most.
 constexpr int kPrefetchBytes = 256;
 
@@ -201,17 +201,64 @@ struct GroupOfTile {
     const float* scales;         // [row]
 };
 
+// Accumulators of a tile, typed as the instruction has them: GCC 12 copies those of another type at each step.
+template <int kRows, int kPanels, int kPlanes>
+using TileSums = Ints[kRows][kPlanes][kPanels];
+
+// Adds the products of one line of codes of each panel, column group `part` of it.
+template <typename Format, int kRows, int kPanels, int kPlanes>
+[[gnu::always_inline]] inline void add_products(TileSums<kRows, kPanels, kPlanes>& sums, const uint8_t* weight,
+                                                int64_t panel_bytes, const int8_t* codes, int part) {
+    __m512i w[kPanels];
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) {
+        const uint8_t* line = weight + p * panel_bytes;
+        w[p] = Format::codes(line, part);
+        if (part == 0) _mm_prefetch(line + kPrefetchBytes, _MM_HINT_T0);
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int l = 0; l < kPlanes; ++l) {
+            const __m512i four = broadcast_bytes(codes + ((part * kRows + r) * kPlanes + l) * 4);
+#pragma GCC unroll 4
+            for (int p = 0; p < kPanels; ++p) {
+                sums[r][l][p] = Ints(_mm512_dpbusd_epi32(__m512i(sums[r][l][p]), w[p], four));
+            }
+        }
+    }
+}
+
+// Adds the scaled sums of a group to those of the tile, out [row][panel][16].
+template <typename Group, int kRows, int kPanels, int kPlanes>
+[[gnu::always_inline]] inline void add_scaled(const TileSums<kRows, kPanels, kPlanes>& sums, const Group* factors,
+                                              const float* activation_scales, float* out) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p, out += kPanel) {
+            Floats total = __builtin_convertvector(sums[r][kPlanes - 1][p], Floats);
+            if constexpr (kPlanes == 2) {
+                total = multiply_add(__builtin_convertvector(sums[r][0][p], Floats), broadcast(256.0f), total);
+            }
+            store(out, multiply_add(total, Floats(factors[p].scale(activation_scales[r])), load(out)));
+        }
+    }
+}
+
 // Adds the products of one group to the sums [row][panel][16] of a tile.
 template <typename Format, int kRows, int kPanels, int kPlanes>
 [[gnu::always_inline]] inline void multiply_group(const GroupOfTile& group, const typename Format::Group* factors,
-                                                  float* sums) {
-    Ints sum[kRows][kPlanes][kPanels];
+                                                  float* out) {
+    TileSums<kRows, kPanels, kPlanes> sums;
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
         for (int l = 0; l < kPlanes; ++l) {
 #pragma GCC unroll 4
-            for (int p = 0; p < kPanels; ++p) sum[r][l][p] = (Ints)factors[p].start(group.corrections[r * kPlanes + l]);
+            for (int p = 0; p < kPanels; ++p) {
+                sums[r][l][p] = Ints(factors[p].start(group.corrections[r * kPlanes + l]));
+            }
         }
     }
     const uint8_t* weight = group.weight;
@@ -220,40 +267,12 @@ template <typename Format, int kRows, int kPanels, int kPlanes>
     do {
 #pragma GCC unroll 2
         for (int part = 0; part < Format::kStep / 4; ++part) {
-            __m512i w[kPanels];
-#pragma GCC unroll 4
-            for (int p = 0; p < kPanels; ++p) {
-                const uint8_t* line = weight + p * group.panel_bytes;
-                w[p] = Format::codes(line, part);
-                if (part == 0) _mm_prefetch(line + kPrefetchBytes, _MM_HINT_T0);
-            }
-#pragma GCC unroll 12
-            for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-                for (int l = 0; l < kPlanes; ++l) {
-                    const __m512i four = broadcast_bytes(codes + ((part * kRows + r) * kPlanes + l) * 4);
-#pragma GCC unroll 4
-                    for (int p = 0; p < kPanels; ++p) sum[r][l][p] = (Ints)_mm512_dpbusd_epi32((__m512i)sum[r][l][p], w[p], four);
-                }
-            }
+            add_products<Format, kRows, kPanels, kPlanes>(sums, weight, group.panel_bytes, codes, part);
         }
         weight += kLineBytes;
         codes += Format::kStep * kRows * kPlanes;
     } while (--steps > 0);
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-        for (int p = 0; p < kPanels; ++p) {
-            __m512 total = _mm512_maskz_cvtepi32_ps(kAll, (__m512i)sum[r][kPlanes - 1][p]);
-            if constexpr (kPlanes == 2) {
-                const __m512 high = _mm512_maskz_cvtepi32_ps(kAll, (__m512i)sum[r][0][p]);
-                total = _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), total);
-            }
-            float* at = sums + (r * kPanels + p) * kPanel;
-            const __m512 scale = factors[p].scale(group.scales[r]);
-            _mm512_storeu_ps(at, _mm512_fmadd_ps(total, scale, _mm512_loadu_ps(at)));
-        }
-    }
+    add_scaled<typename Format::Group, kRows, kPanels, kPlanes>(sums, factors, group.scales, out);
 }
 
 // A block of K of a tile.
