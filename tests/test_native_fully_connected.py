@@ -263,6 +263,7 @@ def test_a_row_that_is_not_finite_spoils_only_itself(isa, case, m, bad):
     y = multiply(isa, weight, x)
     np.testing.assert_array_equal(np.delete(y, row, 0), np.delete(clean, row, 0))
     assert not np.isfinite(y[row]).any()
+    assert not case.quantized or np.isnan(y[row]).all()
 
 
 @each_case
