@@ -5,6 +5,10 @@
 
 namespace chatglm {
 
+struct CacheTableAttributes {
+    int64_t prefix_ = 0;
+};
+
 // A slot of a sequence is the number of its real columns before it: padding takes none. A slot may lie in any row
 // of the cache, so that a beam that goes on from another one shares its past and nothing is moved.
 //
@@ -13,7 +17,7 @@ namespace chatglm {
 // the leading columns that every column sees. P may exceed T - L: the sequence then goes on from an earlier point.
 // Outputs: table int32 [B, T], the cache row of each slot (behind the last slot: 0); slots int32 [B, L], -1 on
 // padding; visible int32 [B, L], the number of slots that a new column sees.
-class CacheTable : public Cloned<CacheTable> {
+class CacheTable : public Cloned<CacheTable, CacheTableAttributes> {
 public:
     OPENVINO_OP("CacheTable", "chatglm", Operation);
     using Cloned::Cloned;
@@ -21,9 +25,6 @@ public:
     void validate_and_infer_types() override;
     bool visit_attributes(ov::AttributeVisitor& visitor) override;
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
-
-private:
-    int64_t prefix_ = 0;
 };
 
 }  // namespace chatglm

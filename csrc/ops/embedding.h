@@ -5,8 +5,12 @@
 
 namespace chatglm {
 
+struct EmbeddingAttributes {
+    PackedAttributes weight_;
+};
+
 // Inputs: ids int32 [B, L], weight uint8 (payload of packing.h). Output: float32 [B, L, in_features].
-class Embedding : public Cloned<Embedding> {
+class Embedding : public Cloned<Embedding, EmbeddingAttributes> {
 public:
     OPENVINO_OP("Embedding", "chatglm", Operation);
     using Cloned::Cloned;
@@ -14,9 +18,6 @@ public:
     void validate_and_infer_types() override;
     bool visit_attributes(ov::AttributeVisitor& visitor) override;
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
-
-private:
-    PackedAttributes weight_;
 };
 
 }  // namespace chatglm

@@ -6,9 +6,18 @@
 
 namespace chatglm {
 
+struct FullyConnectedAttributes {
+    PackedAttributes weight_;
+    std::string activation_ = "none";
+    int64_t y_features_ = 0;
+    int64_t bias_ = 0, residual_ = 0;
+    int64_t activation_bits_ = 16;
+    float residual_scale_ = 1.0f;
+};
+
 // Inputs: x float32 [..., in_features], weight uint8 (payload of packing.h), bias float32 [16 panels] if `bias`,
 // residual float32 [..., y_features] if `residual`. Output: float32 [..., y_features].
-class FullyConnected : public Cloned<FullyConnected> {
+class FullyConnected : public Cloned<FullyConnected, FullyConnectedAttributes> {
 public:
     OPENVINO_OP("FullyConnected", "chatglm", Operation);
     using Cloned::Cloned;
@@ -16,14 +25,6 @@ public:
     void validate_and_infer_types() override;
     bool visit_attributes(ov::AttributeVisitor& visitor) override;
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
-
-private:
-    PackedAttributes weight_;
-    std::string activation_ = "none";
-    int64_t y_features_ = 0;
-    int64_t bias_ = 0, residual_ = 0;
-    int64_t activation_bits_ = 16;
-    float residual_scale_ = 1.0f;
 };
 
 }  // namespace chatglm

@@ -5,8 +5,13 @@
 
 namespace chatglm {
 
+struct NormAttributes {
+    std::string kind_ = "rms";
+    float eps_ = 1e-5f;
+};
+
 // Inputs: x float32 [..., C], weight float32 [C], bias float32 [C] with kind "layer". Output: float32 [..., C].
-class Norm : public Cloned<Norm> {
+class Norm : public Cloned<Norm, NormAttributes> {
 public:
     OPENVINO_OP("Norm", "chatglm", Operation);
     using Cloned::Cloned;
@@ -14,10 +19,6 @@ public:
     void validate_and_infer_types() override;
     bool visit_attributes(ov::AttributeVisitor& visitor) override;
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
-
-private:
-    std::string kind_ = "rms";
-    float eps_ = 1e-5f;
 };
 
 }  // namespace chatglm

@@ -54,13 +54,18 @@ protected:
     int64_t packing_version_ = kPackingVersion;
 };
 
-// An operation whose copy with other inputs is itself with other inputs.
-template <typename Derived>
-class Cloned : public Operation {
+// An operation whose copy with other inputs is itself with other inputs. Attributes: a struct of all it holds.
+//
+// Never by Node's copy constructor: that enters the copy among the readers of the inputs, and removes it again, in
+// nodes that the graphs of all streams share without a lock.
+template <typename Derived, typename Attributes>
+class Cloned : public Operation, protected Attributes {
 public:
     using Operation::Operation;
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
-        auto clone = std::make_shared<Derived>(static_cast<const Derived&>(*this));
+        auto clone = std::make_shared<Derived>();
+        static_cast<Attributes&>(*clone) = *this;
+        clone->packing_version_ = packing_version_;
         clone->set_arguments(inputs);
         clone->validate_and_infer_types();
         return clone;

@@ -5,8 +5,12 @@
 
 namespace chatglm {
 
+struct RotaryEmbeddingAttributes {
+    int64_t head_dim_ = 0;
+};
+
 // Inputs: x float32 [B, L, heads * head_dim], cos and sin float32 [B, L, n]; the first 2 n dims of a head turn.
-class RotaryEmbedding : public Cloned<RotaryEmbedding> {
+class RotaryEmbedding : public Cloned<RotaryEmbedding, RotaryEmbeddingAttributes> {
 public:
     OPENVINO_OP("RotaryEmbedding", "chatglm", Operation);
     using Cloned::Cloned;
@@ -14,9 +18,6 @@ public:
     void validate_and_infer_types() override;
     bool visit_attributes(ov::AttributeVisitor& visitor) override;
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
-
-private:
-    int64_t head_dim_ = 0;
 };
 
 }  // namespace chatglm
