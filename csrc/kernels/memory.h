@@ -1,32 +1,30 @@
 // Scratch memory that grows and is kept.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 namespace chatglm {
 
 // Bytes aligned to 64, not initialized. One object serves one purpose on one thread: declare it thread_local.
+// Its functions live in memory.cpp: an inline copy from a file compiled for one level might be linked for all.
 class Scratch {
 public:
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch();
+
     template <typename T>
-    T* get(int64_t count) {
-        const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-        if (bytes > size_) {
-            buffer_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, bytes)));
-            size_ = buffer_ ? bytes : 0;
-            if (!buffer_) throw std::bad_alloc();
-        }
-        return reinterpret_cast<T*>(buffer_.get());
+    [[gnu::always_inline]] T* get(int64_t count) {
+        return static_cast<T*>(at_least(static_cast<size_t>(count) * sizeof(T)));
     }
 
 private:
-    struct Free {
-        void operator()(uint8_t* p) const { std::free(p); }
-    };
-    std::unique_ptr<uint8_t, Free> buffer_;
+    // Throws std::bad_alloc.
+    void* at_least(size_t bytes);
+
+    void* buffer_ = nullptr;
     size_t size_ = 0;
 };
 

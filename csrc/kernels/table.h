@@ -49,10 +49,10 @@ constexpr int64_t kActivationBlock = 512;
 // One weight format. int8 and int4 quantize x by row and block of kActivationBlock columns:
 //   16 bits: q = rint(x / s), s = max|x| / 32639, |q| <= 32639 = 127 * 256 + 127; q = 256 hi + lo, both in -128..127
 //    8 bits: q = rint(x / s), s = max|x| / 127
-// A block of zeros has s = 0 and q = 0. The sum over a block is an exact integer T (code - zero_point times q, in
-// int4 per group), and y is fma(float(T), s, y) over blocks in rising order, then times the channel's scale (int4:
-// s times the group's scale, group by group): so the result of a row depends neither on the number of rows nor, for
-// int8, on the instruction set.
+// s is at least the smallest normal number. A block with a value that is not finite has s = NaN and q = 0, so that
+// its row becomes NaN. The sum over a block is an exact integer T (code - zero_point times q, in int4 per group), and y
+// is fma(float(T), s, y) over blocks in rising order, then times the channel's scale (int4: s times the group's scale,
+// group by group): so the result of a row depends neither on the number of rows nor on the instruction set.
 struct FullyConnectedKernel {
     // Bytes of `prepared` for that many rows.
     int64_t (*prepared_bytes)(const PackedLayout& layout, int64_t rows, int activation_bits);
