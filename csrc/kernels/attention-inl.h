@@ -312,8 +312,8 @@ inline float encode(const float* x, int64_t count, float* elements) {
 inline float encode(const float* x, int64_t count, uint16_t* elements) {
     for (int64_t i = 0; i < count; i += kLanes) {
         const Floats value = load(x + i);
-        const Ints bits = bits_of(value);
-        const Ints rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        const Bits bits = Bits(bits_of(value));  // sums wrap around
+        const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
         const Shorts narrow = __builtin_convertvector(value == value ? rounded : bits >> 16 | 0x40, Shorts);
         std::memcpy(elements + i, &narrow, sizeof narrow);
     }
