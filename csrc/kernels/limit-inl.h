@@ -49,7 +49,7 @@ inline void read(const uint8_t* data, int64_t bytes) {
     Ints seen[4] = {};
     int64_t at = 0;
     for (; at + kStep <= bytes; at += kStep) {
-        for (int64_t line = 0; line < kStep; line += 64) _mm_prefetch(data + at + kReadAhead + line, _MM_HINT_T0);
+        for (int64_t line = 0; line < kStep; line += 64) _mm_prefetch(data + at + kReadAhead + line, _MM_HINT_T1);
         for (int i = 0; i < kVectors; ++i) {
             seen[i % 4] ^= bits_of(load(reinterpret_cast<const float*>(data + at) + i * kLanes));
         }
