@@ -5,12 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .matrix/transformers-oldest
 
-.PHONY: demo test lint test-newest test-oldest clean
+NATIVE := CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test lint test-newest test-oldest test-sanitized clean
 
 demo: $(VENV)/.installed
 	$(BIN)/chatglm-ov demo
 
-test: lint test-newest test-oldest
+test: lint test-newest test-oldest test-sanitized
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -24,17 +26,22 @@ test-newest: $(VENV)/.installed-dev
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -m transformers_matrix
 
+# The native library once more, with AddressSanitizer and UndefinedBehaviorSanitizer, under its own tests.
+test-sanitized: $(VENV)/.installed-dev
+	tests/sanitized.sh $(BIN)/python
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/.installed: pyproject.toml CMakeLists.txt constraints.txt | $(BIN)/python
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+# Not after .installed: each of the two builds the native library.
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	touch $(VENV)/.installed $@
 
 $(OLDEST)/.installed: requirements-oldest.txt | $(VENV)/.installed-dev
 	rm -rf $(OLDEST)
