@@ -27,10 +27,10 @@ FIRST_SLOTS, LARGEST_STEP = 256, 2048
 class KVCache(Protocol):
     """What a request asks of its cache."""
 
-    def prepare(self, attention_mask: np.ndarray, continued: np.ndarray) -> dict[str, np.ndarray]:
+    def prepare(self, attention_mask: np.ndarray, continued: np.ndarray) -> None:
         """Make room for the columns of `attention_mask` [B, T]; `continued` bool [B, past] is the mask that those in
-        the cache were fed with. Returns further inputs of the model. Raises ChatGLMError where there is no memory
-        for it, or the masks do not agree where they must; nothing is changed then."""
+        the cache were fed with. Raises ChatGLMError where there is no memory for it, or the masks do not agree where
+        they must; what is in the cache stays then."""
 
     def forget(self) -> None:
         """The next call begins a sequence."""
@@ -52,8 +52,8 @@ class PluginCache:
     def __init__(self, request: ov.InferRequest):
         self._request = request
 
-    def prepare(self, attention_mask: np.ndarray, continued: np.ndarray) -> dict[str, np.ndarray]:
-        return {}
+    def prepare(self, attention_mask: np.ndarray, continued: np.ndarray) -> None:
+        """Nothing to do: the plugin's cache grows by itself."""
 
     def forget(self) -> None:
         self._request.reset_state()
@@ -126,23 +126,24 @@ def capacity(slots: int) -> int:
 class BlockCache:
     """The fused lowering's cache: one variable a layer, u8 [rows, blocks, G, block_bytes], and a beam table.
 
-    It is made by the first inference, of the size that the input cache_shape tells, and stays: a new sequence, fewer
-    columns and a reorder of rows overwrite slots. Before an inference that needs more rows or slots it is made anew,
-    or, with columns in it, moved layer by layer.
+    The variables begin empty and get their memory before the first inference. It stays: a new sequence, fewer columns
+    and a reorder of rows overwrite slots. Before an inference that needs more rows or slots each layer in turn gets
+    larger memory, with what is in it if that is needed.
     """
 
     def __init__(self, request: ov.InferRequest, num_layers: int, layout: BlockLayout):
-        self._request = request
-        self._num_layers = num_layers
+        states = _states(request)
+        self._table = states[BEAM_TABLE]
+        self._layers = [states[f"{CACHE}{layer}"] for layer in range(num_layers)]
         self.layout = layout
         self.rows = self.blocks = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers."""
-        return self._num_layers * self.layout.nbytes(self.rows, self.blocks)
+        return len(self._layers) * self.layout.nbytes(self.rows, self.blocks)
 
-    def prepare(self, attention_mask: np.ndarray, continued: np.ndarray) -> dict[str, np.ndarray]:
+    def prepare(self, attention_mask: np.ndarray, continued: np.ndarray) -> None:
         past = continued.shape[1]
         changed = np.argwhere((attention_mask[:, :past] != 0) != continued)
         if changed.size:
@@ -151,42 +152,45 @@ class BlockCache:
             raise ChatGLMError("infer", f"attention_mask[{row}, {column}]", attention_mask[row, column], wanted)
         slots = int(np.count_nonzero(attention_mask, axis=1).max())
         self.make_room(len(attention_mask), slots, keep=past > 0)
-        return {"cache_shape": np.array([self.rows, self.blocks, self.layout.block_bytes], np.int64)}
 
     def make_room(self, rows: int, slots: int, keep: bool) -> None:
         """Have at least so many rows and slots a row. keep: there are columns in the cache that are needed."""
+        if not keep and not self._layers[0].state.size:
+            # Nothing yet, or nothing any more after OpenVINO's own reset_state.
+            self.rows = self.blocks = 0
         if rows <= self.rows and slots <= self.blocks * BLOCK_SLOTS:
             return
-        blocks = max(self.blocks if keep else 0, capacity(slots) // BLOCK_SLOTS)
-        rows = max(self.rows if keep else 0, rows)
-        self._check_memory(rows, blocks)
+        blocks = capacity(slots) // BLOCK_SLOTS
         if keep:
-            self._move(rows, blocks)
-        else:
-            self._request.reset_state()
+            rows, blocks = max(rows, self.rows), max(blocks, self.blocks)
+        self.allocate(rows, blocks, keep)
+
+    def allocate(self, rows: int, blocks: int, keep: bool) -> None:
+        """Give every layer memory of this size; `keep`: with the blocks that there are, and no fewer of them."""
+        self._check_memory(rows, blocks)
+        shape = (rows, blocks, self.layout.num_key_value_heads, self.layout.block_bytes)
+        try:
+            for layer in self._layers:
+                new = np.empty(shape, np.uint8)
+                if keep:
+                    new[: self.rows, : self.blocks] = layer.state.data[: self.rows, : self.blocks]
+                # The plugin copies it.
+                layer.state = ov.Tensor(new, shared_memory=True)
+        except (MemoryError, RuntimeError) as error:
+            if not keep:
+                self.rows = self.blocks = 0
+            wanted = f"{size(self.layout.nbytes(rows, blocks))} a layer"
+            raise ChatGLMError("KV cache", "memory", "used up", wanted) from error
         self.rows, self.blocks = rows, blocks
 
     def _check_memory(self, rows: int, blocks: int) -> None:
-        wanted = self._num_layers * self.layout.nbytes(rows, blocks)
-        # A layer is there twice while it is moved.
-        needed = wanted - self.nbytes + self.layout.nbytes(self.rows, self.blocks)
+        wanted = len(self._layers) * self.layout.nbytes(rows, blocks)
+        # A layer is there twice while it gets its memory.
+        needed = wanted - self.nbytes + self.layout.nbytes(rows, blocks)
         free = psutil.virtual_memory().available
         if needed > free:
             shape = f"{rows} rows of {blocks * BLOCK_SLOTS} slots in {self.layout.element_type}"
             raise ChatGLMError("KV cache", "free memory", size(free), f"{size(needed)} more, for {shape}")
-
-    def _move(self, rows: int, blocks: int) -> None:
-        states = _states(self._request)
-        for layer in range(self._num_layers):
-            state = states[f"{CACHE}{layer}"]
-            old = state.state.data
-            try:
-                new = np.empty((rows, blocks, *old.shape[2:]), np.uint8)
-                new[: old.shape[0], : old.shape[1]] = old
-                state.state = ov.Tensor(new, shared_memory=True)
-            except (MemoryError, RuntimeError) as error:
-                wanted = f"{size(self.layout.nbytes(rows, blocks))} a layer"
-                raise ChatGLMError("KV cache", "memory", "used up", wanted) from error
 
     def forget(self) -> None:
         """Nothing to do: a call whose columns are all new reads nothing of what is there."""
@@ -196,8 +200,7 @@ class BlockCache:
 
     def read(self, layer: int, attention_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Zeros for padding, which takes no slot."""
-        states = _states(self._request)
-        table, cache = states[BEAM_TABLE].state.data, states[f"{CACHE}{layer}"].state.data
+        table, cache = self._table.state.data, self._layers[layer].state.data
         heads, dim = self.layout.num_key_value_heads, self.layout.head_dim
         batch, columns = attention_mask.shape
         key = np.zeros((batch, heads, columns, dim), np.float32)

@@ -79,7 +79,7 @@ class Request:
             inputs["prefix_length"] = np.ascontiguousarray(prefix_length, np.int64)
         self._check_shapes(inputs)
         self._check_values(inputs)
-        inputs |= self.cache.prepare(inputs["attention_mask"], self._continued(inputs["beam_idx"]))
+        self.cache.prepare(inputs["attention_mask"], self._continued(inputs["beam_idx"]))
         # Copied in: the plugin keeps pointers to shared inputs, and a later request writes its own through them.
         self.infer_request.infer(inputs)
         self.rows, new = input_ids.shape

@@ -235,6 +235,7 @@ class CompiledModel:
         inputs["attention_mask"] += 1
         inputs["logits_to_keep"] += 1
         inputs["beam_idx"] = inputs["beam_idx"].astype(np.int32)
-        if self.ops == "fused":
-            inputs["cache_shape"][:] = 1, 1, self.cache_layout.block_bytes
-        self.compiled.create_infer_request().infer(inputs)
+        request = self.create_request()
+        if isinstance(request.cache, BlockCache):
+            request.cache.allocate(1, 1, keep=False)
+        request.infer_request.infer(inputs)

@@ -6,7 +6,8 @@ compute in.
 A layer's cache is one variable of bytes, in blocks of slots as csrc/kernels/cache_layout.h has them. Attention writes
 into the value that it reads, and what is assigned is that value: the CPU plugin keeps one buffer for it and copies
 nothing (`chatglm_ov.in_place` tests that, and knows what to do where it does not hold). Which row of the cache holds
-a slot is told by the variable `beam_table`, so that a reorder moves no keys or values.
+a slot is told by the variable `beam_table`, so that a reorder moves no keys or values. States begin empty: whoever
+runs the model gives the caches their memory (`chatglm_ov.kv_cache`), before the first inference and after reset_state.
 """
 
 from __future__ import annotations
@@ -31,26 +32,22 @@ class FusedLowering(GraphLowering):
     name = "fused"
 
     def inputs(self, *, position_rows: int = 1, prefix: bool = False) -> None:
-        """And cache_shape i64 [3] = (rows, blocks, bytes of a block), read when a cache is made: in the first
-        inference, and in the first one after reset_state."""
         super().inputs(position_rows=position_rows, prefix=prefix)
-        self.cache_shape = self._input("cache_shape", [3], np.int64)
         self._ids = ops.convert(self.input_ids, "i32")
         columns = [ops.convert(self.attention_mask, "i32"), self._ids, self.beam_idx]
         if self.prefix_length is not None:
             columns.append(ops.convert(self.prefix_length, "i32"))
         variable = self._variable(BEAM_TABLE, ov.Type.i32, [-1, -1])
-        past = ops.read_value(self._empty_table(), variable)
+        past = ops.read_value(self._empty(np.int32(0), 2), variable)
         self._slots = operation("CacheTable", [past, *columns], prefix=int(prefix))
         self._sinks.append(ops.assign(self._slots, variable))
 
-    def _empty_table(self) -> ov.Node:
-        """i32 [B, 0]. The size is computed: one that is known to be 0 would be that of the variable for ever. And it
-        is 0: what the plugin writes there may lie in the memory of another request, of another size."""
-        sizes = ops.shape_of(self.attention_mask)
-        columns = ops.gather(sizes, i64(1), scalar(0))
+    def _empty(self, zero: np.generic, rank: int) -> ov.Node:
+        """What a state begins with: no elements. Anything else is not safe: the plugin may write it to the memory of
+        another request. The size is computed, since one that is known to be 0 would be that of the variable."""
+        columns = ops.gather(ops.shape_of(self.attention_mask), i64(1), scalar(0))
         none = ops.subtract(columns, columns)
-        return ops.broadcast(np.int32(0), ops.concat([ops.gather(sizes, i64(0), scalar(0)), none], 0))
+        return ops.broadcast(ops.constant(zero), ops.concat([none] * rank, 0))
 
     def embedding(self, name: str, *, tied: bool = False) -> ov.Node:
         # A row is scattered over the payload, so what is only looked up lies row by row.
@@ -101,7 +98,7 @@ class FusedLowering(GraphLowering):
 
     def attention(self, qkv: ov.Node, layer: int, shape: AttentionShape, rotary: Rotary) -> ov.Node:
         variable = self._variable(f"{CACHE}{layer}", ov.Type.u8, [-1, -1, -1, -1])
-        cache = ops.read_value(self._empty_cache(shape), variable)
+        cache = ops.read_value(self._empty(np.uint8(0), 4), variable)
         self._sinks.append(ops.assign(cache, variable))
         return operation(
             "MultiHeadAttention",
@@ -111,14 +108,6 @@ class FusedLowering(GraphLowering):
             head_dim=shape.head_dim,
             in_place=1,
         )
-
-    def _empty_cache(self, shape: AttentionShape) -> ov.Node:
-        """u8 [rows, blocks, G, bytes of a block]. Its size comes from an input, so that it is made when it is needed;
-        that of a constant would be held as one besides."""
-        rows_and_blocks = ops.gather(self.cache_shape, i64(0, 1), scalar(0))
-        block_bytes = ops.gather(self.cache_shape, i64(2), scalar(0))
-        sizes = ops.concat([rows_and_blocks, i64(shape.num_key_value_heads), block_bytes], 0)
-        return ops.broadcast(np.uint8(0), sizes)
 
     def _cos_sin(self, rotary: Rotary) -> tuple[ov.Node, ov.Node]:
         """cos and sin f32 [B, L, R / 2] of the angles, one computation for all layers."""

@@ -1,0 +1,277 @@
+"""The fused lowering: what the graph is made of, what it computes, and how far from the originals."""
+
+# ruff: noqa: F811 (a fixture is imported)
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden_cases import (  # noqa: F401
+    TOLERANCE,
+    V1,
+    V2,
+    Opener,
+    each_golden,
+    each_small,
+    golden_prompt,
+    open_compiled,
+    own_prompt,
+    stored_weights,
+    teacher_forced,
+    without_library,
+    write_checkpoint,
+)
+from golden_sets import Golden
+
+from chatglm_ov.config import load_config
+from chatglm_ov.models import chatglm2
+from chatglm_ov.runtime import CompiledModel
+
+pytestmark = without_library
+formats = pytest.mark.parametrize("weight_format", ["f32", "bf16", "int8", "int4"])
+
+
+# The graph
+
+
+def types(model: CompiledModel) -> Counter[str]:
+    return Counter(node.get_type_name() for node in model.model.get_ops())
+
+
+@formats
+@each_small
+def test_a_block_is_seven_operations(golden, weight_format, open_compiled: Opener):
+    model = open_compiled(golden.checkpoint, weight_format, ops="fused")
+    count, layers = types(model), model.config.num_layers
+    assert count["FullyConnected"] == 4 * layers + 1
+    assert count["Norm"] == 2 * layers + 1
+    assert count["MultiHeadAttention"] == layers
+    assert count["CacheTable"] == 1
+    assert count["MatMul"] == count["ScaledDotProductAttention"] == 0
+    assert count["Cos"] == count["Sin"] == 1
+    assert len(model.model.get_variables()) == layers + 1
+
+
+@formats
+@each_small
+def test_nothing_lies_between_the_operations(golden, weight_format, open_compiled: Opener):
+    """No Reorder, Convert or copy of the plugin's: activations go from one operation to the next, a cache only into
+    its attention, and weights come from the graph as they are."""
+    model = open_compiled(golden.checkpoint, weight_format, None, ops="fused")
+    golden_prompt(golden, "p5", model).feed(model.create_request())
+    nodes = model.compiled.get_runtime_model().get_ordered_ops()
+    kinds = Counter(node.get_rt_info()["layerType"].value for node in nodes)
+    moved = [node for node in nodes if node.get_rt_info()["layerType"].value in ("Reorder", "Broadcast")]
+    # The numbers that empty states are made of.
+    assert all(np.prod(node.output(0).get_partial_shape().get_max_shape()) <= 4 for node in moved)
+    ours = ("FullyConnected", "Norm", "MultiHeadAttention", "CacheTable")
+    assert kinds["Reference"] == sum(types(model)[name] for name in ours)
+    assert kinds["MemoryInput"] == model.config.num_layers + 1
+    assert kinds["MemoryOutput"] == 1
+
+
+@formats
+def test_tied_head_reads_the_embeddings_payload(weight_format, tmp_path: Path, open_compiled: Opener):
+    checkpoint = write_checkpoint(
+        tmp_path / "tied", V1.checkpoint, stored_weights(V1.checkpoint), tie_word_embeddings=None
+    )
+    fused, stock = (open_compiled(checkpoint, weight_format, "f32", ops=ops) for ops in ("fused", "stock"))
+    (embedding,) = [node for node in fused.model.get_ops() if node.get_type_name() == "Embedding"]
+    readers = embedding.input_value(1).get_target_inputs()
+    assert sorted(reader.get_node().get_type_name() for reader in readers) == ["Embedding", "FullyConnected"]
+    prompt = golden_prompt(V1, "batch", fused)
+    real = prompt.keep.astype(bool)
+    ours, wanted = (prompt.feed(model.create_request())[real] for model in (fused, stock))
+    # bf16 weights are multiplied with bf16 activations: 8 bits through 10 layers.
+    assert np.abs(ours - wanted).max() < (0.3 if weight_format == "bf16" else 5e-3)
+
+
+# What it computes
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@each_small
+def test_quantized_weights_are_those_of_the_stock_lowering(golden, weight_format, open_compiled: Opener):
+    """16-bit activations are within 2^-16 of a block's largest: far less than what bf16 rounds away. Both in f32
+    otherwise; and the stock lowering in bf16 is further away from itself in f32."""
+    fused = open_compiled(golden.checkpoint, weight_format, "f32", ops="fused")
+    stock = open_compiled(golden.checkpoint, weight_format, "f32")
+    rounded = open_compiled(golden.checkpoint, weight_format, "bf16")
+    prompt, tokens = golden_prompt(golden, "batch", fused), golden["batch_dec_tokens"]
+    ours, exact, bf16 = (teacher_forced(m.create_request(), prompt, tokens)[1] for m in (fused, stock, rounded))
+    assert np.abs(ours - exact).max() < 5e-3
+    assert np.abs(ours - exact).mean() < np.abs(bf16 - exact).mean() / 10
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@each_small
+def test_8_bit_activations(golden, weight_format, open_compiled: Opener):
+    """Another result than 16 bits, further from the exact one, and still the same model."""
+    exact = open_compiled(golden.checkpoint, weight_format, "f32")
+    prompt, tokens = golden_prompt(golden, "batch", exact), golden["batch_dec_tokens"]
+    wanted = teacher_forced(exact.create_request(), prompt, tokens)[1]
+    errors = {}
+    for bits in (16, 8):
+        model = open_compiled(golden.checkpoint, weight_format, "f32", ops="fused", activation_bits=bits)
+        errors[bits] = np.linalg.norm(teacher_forced(model.create_request(), prompt, tokens)[1] - wanted)
+    assert 10 * errors[16] < errors[8] < 0.1 * np.linalg.norm(wanted)
+
+
+@each_small
+def test_cache_formats(golden, open_compiled: Opener):
+    """f32 is exact, bf16 rounds, int8 rounds more; none is another model. None is bf16, or f32 with f32."""
+    prompt = golden_prompt(golden, "batch", open_compiled(golden.checkpoint, ops="fused"))
+    logits = {}
+    for cache_format in (None, "f32", "bf16", "int8"):
+        model = open_compiled(golden.checkpoint, "f32", "f32", ops="fused", kv_cache_format=cache_format)
+        assert model.kv_cache_format == (cache_format or "f32")
+        logits[cache_format] = teacher_forced(model.create_request(), prompt, golden["batch_dec_tokens"])[1]
+    np.testing.assert_array_equal(logits[None], logits["f32"])
+    errors = {name: np.linalg.norm(values - logits["f32"]) for name, values in logits.items()}
+    assert 0 < errors["bf16"] < errors["int8"] < 0.1 * np.linalg.norm(logits["f32"])
+    assert open_compiled(golden.checkpoint, "f32", None, ops="fused").kv_cache_format == "bf16"
+
+
+@formats
+@each_small
+def test_a_row_does_not_depend_on_the_others(golden, weight_format, open_compiled: Opener):
+    """Bit for bit: the same row among rows of other content."""
+    model = open_compiled(golden.checkpoint, weight_format, None, ops="fused")
+    prompt, tokens = golden_prompt(golden, "batch", model), golden["batch_dec_tokens"]
+    wanted = teacher_forced(model.create_request(), prompt, tokens)[1]
+    rng = np.random.default_rng(0)
+    for row in range(prompt.rows):
+        ids, others = prompt.ids.copy(), tokens.copy()
+        for i in set(range(prompt.rows)) - {row}:
+            # Special ids stay where they are: the first generation's positions hang on them.
+            plain = ids[i] < load_config(golden.checkpoint).vocab_rows // 2
+            ids[i, plain] = rng.integers(5, 500, np.count_nonzero(plain))
+            others[i] = rng.integers(5, 500, others.shape[1])
+        changed = type(prompt)(ids, prompt.keep, prompt.position_ids, prompt.prefix)
+        ours = teacher_forced(model.create_request(), changed, others)[1]
+        np.testing.assert_array_equal(ours[row], wanted[row])
+
+
+@each_small
+def test_int8_row_of_a_batch_is_the_row_alone(golden, open_compiled: Opener):
+    """Bit for bit: with padding and without, prompt and steps."""
+    model = open_compiled(golden.checkpoint, "int8", None, ops="fused")
+    batch, tokens = golden_prompt(golden, "batch", model), golden["batch_dec_tokens"]
+    together = teacher_forced(model.create_request(), batch, tokens)
+    for i in range(batch.rows):
+        alone = teacher_forced(model.create_request(), batch.row(i), tokens[i : i + 1])
+        np.testing.assert_array_equal(together[0][i][batch.keep[i] != 0], alone[0][0])
+        np.testing.assert_array_equal(together[1][i], alone[1][0])
+
+
+@each_small
+def test_holes_in_a_mask_are_not_there(golden, open_compiled: Opener):
+    """Columns that are masked in the middle of a prompt: as if they had been left out."""
+    model = open_compiled(golden.checkpoint, ops="fused")
+    prompt = golden_prompt(golden, "p17", model)
+    keep, rng = prompt.keep.copy(), np.random.default_rng(0)
+    keep[0, [2, 3, 7]] = 0
+    ids = prompt.ids.copy()
+    ids[keep == 0] = rng.integers(5, 500, 3)
+    full = type(prompt)(ids, keep, prompt.position_ids, prompt.prefix)
+    real = keep[0] != 0
+    prefix = None if prompt.prefix is None else prompt.prefix - 3
+    short = type(prompt)(ids[:, real], keep[:, real], prompt.position_ids[..., real], prefix)
+    np.testing.assert_array_equal(full.feed(model.create_request())[:, real], short.feed(model.create_request()))
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize(("hidden", "ffn"), [(64, 129), (96, 200), (64, 7)], ids=str)
+def test_odd_sizes(weight_format, hidden, ffn, tmp_path: Path, open_compiled: Opener):
+    """Sizes that fill no panel, head dims that fill no line: the stock lowering's result."""
+    sizes = {"hidden_size": hidden, "ffn_hidden_size": ffn, "padded_vocab_size": 101, "kv_channels": 12}
+    shapes = chatglm2.weight_shapes(load_config(V2.checkpoint).model_copy(update=sizes))
+    rng = np.random.default_rng(ffn)
+    weights = {
+        name: rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[-1])) for name, shape in shapes.items()
+    }
+    checkpoint = write_checkpoint(tmp_path / "odd", V2.checkpoint, weights, **sizes)
+    ids, logits = rng.integers(0, 101, (3, 11)), []
+    for ops in ("fused", "stock"):
+        model = open_compiled(checkpoint, weight_format, "f32", ops=ops)
+        logits.append(own_prompt(ids, model).feed(model.create_request()))
+    assert np.abs(logits[0] - logits[1]).max() < (0.1 if weight_format == "bf16" else 5e-3)
+
+
+# At once
+
+
+def run_together(model: CompiledModel, golden: Golden, names: list[str]) -> list[np.ndarray]:
+    """A request for each prompt, all at once in threads of their own, five times over: the decode logits of each."""
+    fed = [(golden_prompt(golden, name, model), golden[f"{name}_dec_tokens"]) for name in names]
+    results: list[list[np.ndarray]] = [[] for _ in names]
+
+    def work(i: int) -> None:
+        request = model.create_request()
+        for _ in range(5):
+            results[i].append(teacher_forced(request, *fed[i])[1])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(names))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for repeated in results:
+        assert len(repeated) == 5
+        for one in repeated[1:]:
+            np.testing.assert_array_equal(one, repeated[0])
+    return [repeated[0] for repeated in results]
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("weight_format", ["f32", "int8"])
+@each_small
+def test_requests_at_once(golden, weight_format, streams, open_compiled: Opener):
+    alone = open_compiled(golden.checkpoint, weight_format, None, ops="fused")
+    shared = open_with_streams(open_compiled, golden, weight_format, streams)
+    wanted = {
+        name: teacher_forced(alone.create_request(), golden_prompt(golden, name, alone), golden[f"{name}_dec_tokens"])[
+            1
+        ]
+        for name in ("p5", "batch")
+    }
+    names = ["p5", "batch"] * 2
+    for name, ours in zip(names, run_together(shared, golden, names), strict=True):
+        np.testing.assert_array_equal(ours, wanted[name])
+
+
+@cache
+def open_with_streams(open_compiled: Opener, golden: Golden, weight_format: str, streams: int) -> CompiledModel:
+    properties = Frozen({"NUM_STREAMS": str(streams), "INFERENCE_NUM_THREADS": "2"})
+    return open_compiled(golden.checkpoint, weight_format, None, ops="fused", properties=properties)
+
+
+class Frozen(dict):
+    """Properties as part of a key."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+# How far from the originals
+
+
+@pytest.mark.parametrize("weight_format", ["bf16", "int8"])
+@each_golden
+def test_no_further_from_the_originals_than_the_stock_lowering(golden, weight_format, open_compiled: Opener):
+    """Mean error over every prompt, teacher-forced, against the stock lowering in bf16, both with a bf16 cache."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+    from golden_report import compared
+
+    errors = {}
+    for ops, precision in (("fused", None), ("stock", "bf16")):
+        model = open_compiled(golden.checkpoint, weight_format, precision, ops=ops)
+        errors[ops] = np.concatenate([np.abs(ours - wanted).mean(axis=1) for ours, wanted in compared(golden, model)])
+        assert np.isfinite(errors[ops]).all()
+    assert errors["fused"].mean() <= errors["stock"].mean()
