@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_sets import GOLDENS, ROOTS, Golden
+from golden_sets import GOLDENS, OPS, ROOTS, Golden, each_ops, without_library  # noqa: F401
 from safetensors.numpy import save_file
 
 from chatglm_ov import convert
 from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.config import read_config_json
-from chatglm_ov.native import unavailable
 from chatglm_ov.runtime import CompiledModel, Request, load_model
 
 TOLERANCE = 1e-3
@@ -37,9 +36,6 @@ def small(name: str) -> Golden:
 V1, V2 = small("v1_tiny"), small("v2_tiny")
 each_small = pytest.mark.parametrize("golden", [V1, V2], ids=str)
 each_golden = pytest.mark.parametrize("golden", GOLDENS, ids=str)
-without_library = pytest.mark.skipif(unavailable() is not None, reason=f"no native library: {unavailable()}")
-OPS = [pytest.param("fused", marks=without_library), "stock"]
-each_ops = pytest.mark.parametrize("ops", OPS)
 CHATS = [Golden(name, path.parent) for name, root in ROOTS.items() for path in sorted(root.rglob("chat.json"))]
 
 

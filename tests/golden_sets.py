@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,14 @@ import pytest
 import torch
 
 from chatglm_ov import OVChatGLMForCausalLM, convert
+from chatglm_ov.native import unavailable
 
 TESTS = Path(__file__).parent
 ROOTS = {"data": TESTS / "data" / "golden", "shared": TESTS.parent.parent / "shared" / "golden"}
+
+without_library = pytest.mark.skipif(unavailable() is not None, reason=f"no native library: {unavailable()}")
+OPS = [pytest.param("fused", marks=without_library), "stock"]
+each_ops = pytest.mark.parametrize("ops", OPS)
 
 
 @dataclass(frozen=True)
@@ -75,15 +80,19 @@ def model_inputs(golden: Golden, prompt: str) -> dict[str, torch.Tensor | None]:
 
 
 @pytest.fixture(scope="session")
-def open_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Golden], OVChatGLMForCausalLM]:
-    """Function from a golden set to its model in f32, each converted and loaded once."""
-    models: dict[Path, OVChatGLMForCausalLM] = {}
+def open_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., OVChatGLMForCausalLM]:
+    """Function from a golden set (and a lowering) to its model in f32, each converted and loaded once."""
 
-    def open_once(golden: Golden) -> OVChatGLMForCausalLM:
-        if golden.checkpoint not in models:
-            folder = tmp_path_factory.mktemp("converted") / golden.folder.name
-            convert(golden.checkpoint, folder, weight_formats=("f32",), ops="stock", progress=False)
-            models[golden.checkpoint] = OVChatGLMForCausalLM.from_pretrained(folder, inference_precision="f32")
-        return models[golden.checkpoint]
+    @cache
+    def open_once(checkpoint: Path, ops: str) -> OVChatGLMForCausalLM:
+        folder = tmp_path_factory.mktemp("converted") / ops
+        convert(checkpoint, folder, weight_formats=("f32",), ops=ops, progress=False)
+        return OVChatGLMForCausalLM.from_pretrained(folder, inference_precision="f32")
 
-    return open_once
+    return lambda golden, ops="stock": open_once(golden.checkpoint, ops)
+
+
+@pytest.fixture(params=OPS)
+def open_either_model(request: pytest.FixtureRequest, open_model: Callable) -> Callable[[Golden], OVChatGLMForCausalLM]:
+    """The same, of each lowering in turn."""
+    return partial(open_model, ops=request.param)

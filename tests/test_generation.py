@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from golden_sets import GOLDENS, cases, model_inputs, open_model  # noqa: F401
+from golden_sets import GOLDENS, cases, model_inputs, open_either_model, open_model  # noqa: F401
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -35,20 +35,20 @@ def new_tokens(model, arguments: dict, **options) -> torch.Tensor:
 
 @pytest.mark.parametrize(("golden", "prompt"), cases("generate"))
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
-def test_greedy(golden, prompt, use_cache, open_model):
-    got = new_tokens(open_model(golden), model_inputs(golden, prompt), max_new_tokens=24, use_cache=use_cache)
+def test_greedy(golden, prompt, use_cache, open_either_model):
+    got = new_tokens(open_either_model(golden), model_inputs(golden, prompt), max_new_tokens=24, use_cache=use_cache)
     assert torch.equal(got, torch.from_numpy(np.atleast_2d(golden[f"{prompt}_generate"])))
 
 
 @pytest.mark.parametrize(("golden", "prompt"), cases("beam3_tokens"))
-def test_beams(golden, prompt, open_model):
-    got = new_tokens(open_model(golden), model_inputs(golden, prompt), max_new_tokens=16, num_beams=3)
+def test_beams(golden, prompt, open_either_model):
+    got = new_tokens(open_either_model(golden), model_inputs(golden, prompt), max_new_tokens=16, num_beams=3)
     assert torch.equal(got, golden.tensor(f"{prompt}_beam3_tokens"))
 
 
 @pytest.mark.parametrize(("golden", "prompt"), cases("beam3_all_tokens"))
-def test_all_beams_and_their_scores(golden, prompt, open_model):
-    model, given = open_model(golden), model_inputs(golden, prompt)
+def test_all_beams_and_their_scores(golden, prompt, open_either_model):
+    model, given = open_either_model(golden), model_inputs(golden, prompt)
     result = model.generate(
         **given,
         do_sample=False,
@@ -73,8 +73,8 @@ def test_all_beams_and_their_scores(golden, prompt, open_model):
 
 
 @each_golden
-def test_beams_of_a_batch_are_those_of_each_row(golden, open_model):
-    model, given = open_model(golden), model_inputs(golden, "batch")
+def test_beams_of_a_batch_are_those_of_each_row(golden, open_either_model):
+    model, given = open_either_model(golden), model_inputs(golden, "batch")
     options = {"max_new_tokens": 8, "num_beams": 4, "num_return_sequences": 4}
     together = new_tokens(model, given, **options)
     for row, pad in enumerate(golden.pads("batch")):
@@ -83,9 +83,9 @@ def test_beams_of_a_batch_are_those_of_each_row(golden, open_model):
 
 
 @pytest.mark.parametrize(("golden", "prompt"), cases(REPETITION))
-def test_repetition_penalty(golden, prompt, open_model):
+def test_repetition_penalty(golden, prompt, open_either_model):
     arguments = {"input_ids": golden.tensor(f"{prompt}_input_ids")}
-    got = new_tokens(open_model(golden), arguments, max_new_tokens=24, repetition_penalty=1.3)
+    got = new_tokens(open_either_model(golden), arguments, max_new_tokens=24, repetition_penalty=1.3)
     assert got[0].tolist() == golden[f"{prompt}_{REPETITION}"].tolist()
 
 
@@ -110,8 +110,8 @@ def test_a_pad_id_inside_the_prompt_is_a_token(golden, open_model):
 
 
 @each_golden
-def test_finished_rows_are_filled_with_the_pad_id(golden, open_model):
-    model, given = open_model(golden), model_inputs(golden, "batch")
+def test_finished_rows_are_filled_with_the_pad_id(golden, open_either_model):
+    model, given = open_either_model(golden), model_inputs(golden, "batch")
     greedy = golden.tensor("batch_generate")
     end = int(greedy[1, 3])
     got = new_tokens(model, given, max_new_tokens=12, eos_token_id=end, pad_token_id=1)
@@ -156,8 +156,8 @@ def test_stream_from_another_thread(golden, open_model):
 
 
 @each_golden
-def test_sampling_with_a_seed_is_reproducible(golden, open_model):
-    model, given = open_model(golden), model_inputs(golden, "batch")
+def test_sampling_with_a_seed_is_reproducible(golden, open_either_model):
+    model, given = open_either_model(golden), model_inputs(golden, "batch")
     options = {"do_sample": True, "top_p": 0.9, "temperature": 1.3, "top_k": 50, "max_new_tokens": 12}
     drawn = []
     for seed in (1, 1, 2):
@@ -227,9 +227,9 @@ def test_each_step_computes_one_row_of_logits_of_what_is_new(golden, open_model,
 @each_golden
 @pytest.mark.parametrize("prompt", ["p5", "batch"])
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "new_only"])
-def test_generation_continues_from_a_cache(golden, prompt, whole, open_model):
+def test_generation_continues_from_a_cache(golden, prompt, whole, open_either_model):
     """The library's way is to pass the whole sequence again; only what is new does as well."""
-    model, given = open_model(golden), model_inputs(golden, prompt)
+    model, given = open_either_model(golden), model_inputs(golden, prompt)
     options = {"do_sample": False, "return_dict_in_generate": True}
     first = model.generate(**given, max_new_tokens=8, **options)
     ids = first.sequences if whole else first.sequences[:, -1:]
@@ -239,8 +239,8 @@ def test_generation_continues_from_a_cache(golden, prompt, whole, open_model):
 
 
 @each_golden
-def test_one_prompt_in_the_cache_serves_several_rows(golden, open_model):
-    model, start = open_model(golden), golden.tensor("p5_input_ids")
+def test_one_prompt_in_the_cache_serves_several_rows(golden, open_either_model):
+    model, start = open_either_model(golden), golden.tensor("p5_input_ids")
     ids = torch.cat([start, golden.tensor("p5_dec_tokens")[:, :3]], dim=1)
     options = {"do_sample": False, "num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 8}
     cache = model(start).past_key_values

@@ -7,15 +7,34 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_cases import TOLERANCE, V1, V2, Opener, Prompt, each_small, golden_prompt, open_compiled, open_either  # noqa: F401
+from command_line import Outcome, finish, spawn
+from golden_cases import (  # noqa: F401
+    TOLERANCE,
+    V1,
+    V2,
+    Opener,
+    Prompt,
+    each_small,
+    golden_prompt,
+    open_compiled,
+    open_either,
+    without_library,
+)
 
 from chatglm_ov import ChatGLMError, convert
+from chatglm_ov.native import native, unavailable
 from chatglm_ov.runtime import CompiledModel, Request, default_weight_format, load_model, weight_formats
+
+
+def present_levels() -> list[str]:
+    return [] if unavailable() is not None else native().present_isa_levels()
+
 
 # Calls
 
@@ -145,6 +164,13 @@ def edit_config(folder: Path, **fields: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+def edit_ir(folder: Path, old: str, new: str) -> None:
+    path = folder / "f32" / "openvino_model.xml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "no bin": (lambda f: (f / "f32" / "openvino_model.bin").unlink(), r"openvino_model\.bin: file is missing"),
     "empty bin": (lambda f: (f / "f32" / "openvino_model.bin").write_bytes(b""), "IR is unreadable .*bin file"),
@@ -161,6 +187,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "another version": (
         lambda f: edit_config(f, chatglm_ov={"format_version": 99}),
         r"config\.json: chatglm_ov\.format_version is 99, expected 1",
+    ),
+    "IR of another version": (
+        lambda f: edit_ir(f, '<format_version value="1"', '<format_version value="7"'),
+        r"openvino_model\.xml: format_version is 7, expected 1: convert the checkpoint again",
+    ),
+    "IR of another maker": (
+        lambda f: edit_ir(f, "chatglm_ov>", "somebody>"),
+        r"openvino_model\.xml: format_version is missing, expected 1",
     ),
     "another marker": (lambda f: edit_config(f, chatglm_ov="yes"), "format_version is missing"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
@@ -187,10 +221,13 @@ def test_checkpoint_is_no_converted_folder():
     [
         ({"weight_format": "int3"}, r"weight_format is 'int3', expected one of \['bf16', 'f32'\]"),
         ({"inference_precision": "f64"}, "inference_precision is 'f64', expected one of"),
+        ({"kv_cache_format": "u4"}, r"kv_cache_format is 'u4', expected one of \('f32', 'bf16', 'int8'\)"),
+        ({"activation_bits": 4}, r"activation_bits is 4, expected one of \(16, 8\)"),
+        ({"activation_bits": 8}, "activation_bits is 8, expected 16 with stock operations"),
         ({"device": "TOASTER"}, "device TOASTER: compilation is .*TOASTER.*, expected a device of .*CPU"),
         ({"properties": {"NO_SUCH_PROPERTY": "1"}}, "NO_SUCH_PROPERTY"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=str,
 )
 def test_wrong_options_are_named(options, message, whole_folder: Path):
     with pytest.raises(ChatGLMError, match=message) as error:
@@ -208,3 +245,121 @@ def test_weight_format_is_chosen(folder: Path):
     shutil.rmtree(folder / "f32")
     with pytest.raises(ChatGLMError, match="weight formats is none"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("cache_format", ["f32", "bf16", "int8"])
+def test_cache_format_of_stock_operations(cache_format, whole_folder: Path):
+    model = load_model(whole_folder, "f32", kv_cache_format=cache_format)
+    assert model.compiled.get_property("KV_CACHE_PRECISION").to_string() == {"int8": "u8"}.get(
+        cache_format, cache_format
+    )
+
+
+# Fused operations
+
+
+@pytest.fixture(scope="module")
+def whole_fused_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(V2.checkpoint, tmp_path_factory.mktemp("whole") / "model", ("f32",), ops="fused", progress=False)
+
+
+@pytest.fixture
+def fused_folder(whole_fused_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole_fused_folder, tmp_path / "model"))
+
+
+@without_library
+def test_another_packing_version(fused_folder: Path):
+    edit_ir(fused_folder, '<packing_version value="1"', '<packing_version value="99"')
+    with pytest.raises(ChatGLMError, match=r"packing_version is 99, expected 1: convert the checkpoint again") as error:
+        load_model(fused_folder)
+    assert "\n" not in str(error.value)
+
+
+FUSED_DAMAGES: dict[str, tuple[str, str]] = {
+    "an operation of another version": ('packing_version="1"', 'packing_version="2"'),
+    "sizes that do not fit": ('in_features="128"', 'in_features="160"'),
+    "an unknown format": ('format="f32"', 'format="f31"'),
+    "an unknown operation": ('type="Norm" version="chatglm"', 'type="Mron" version="chatglm"'),
+}
+
+
+@without_library
+@pytest.mark.parametrize("damage", FUSED_DAMAGES)
+def test_damaged_fused_ir(damage, fused_folder: Path):
+    edit_ir(fused_folder, *FUSED_DAMAGES[damage])
+    with pytest.raises(ChatGLMError, match=r"openvino_model\.xml: IR is unreadable") as error:
+        load_model(fused_folder)
+    assert "\n" not in str(error.value)
+
+
+@without_library
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "GPU"}, "device is 'GPU', expected 'CPU', or a folder converted with --ops stock"),
+        ({"inference_precision": "f16"}, "inference_precision is 'f16', expected f32 or bf16 with fused operations"),
+        ({"properties": {"NO_SUCH_PROPERTY": "1"}}, "NO_SUCH_PROPERTY"),
+    ],
+    ids=str,
+)
+def test_options_that_fused_operations_do_not_take(options, message, whole_fused_folder: Path):
+    with pytest.raises(ChatGLMError, match=message) as error:
+        load_model(whole_fused_folder, **options)
+    assert "\n" not in str(error.value)
+
+
+def in_another_process(script: str, *arguments: object, **environment: str) -> Outcome:
+    """The library is looked for once a process."""
+    return finish(spawn(sys.executable, "-c", script, *arguments, env=environment))
+
+
+LOAD = """
+import sys
+from chatglm_ov import ChatGLMError
+from chatglm_ov.runtime import load_model
+try:
+    load_model(sys.argv[1])
+except ChatGLMError as error:
+    print(error)
+"""
+CONVERT = """
+import sys
+from chatglm_ov import convert
+from chatglm_ov.runtime import load_model
+convert(sys.argv[1], sys.argv[2], ("int8", "bf16"), progress=False)
+print(load_model(sys.argv[2]).ops)
+"""
+absent = next((name for name in ("amx", "avx512_bf16", "avx512") if name not in present_levels()), None)
+REASONS = [
+    pytest.param({"CHATGLM_OV_NATIVE": "/nonexistent"}, "/nonexistent is no Python module", id="missing"),
+    pytest.param({"CHATGLM_OV_NATIVE": str(V2.checkpoint / "config.json")}, "is no Python module", id="no library"),
+    pytest.param({"CHATGLM_OV_ISA": "sse9"}, "sse9", id="unknown level"),
+    pytest.param(
+        {"CHATGLM_OV_ISA": str(absent)},
+        str(absent),
+        id="absent level",
+        marks=pytest.mark.skipif(absent is None, reason="this machine has every instruction set level"),
+    ),
+]
+
+
+@without_library
+@pytest.mark.parametrize(("environment", "reason"), REASONS)
+def test_fused_folder_without_a_usable_library(environment, reason, whole_fused_folder: Path):
+    done = in_another_process(LOAD, whole_fused_folder, **environment)
+    (line,) = done.out.splitlines()
+    assert "ops is fused, which cannot run here (" in line
+    assert reason in line and "--ops stock" in line
+    assert done.err == ""
+
+
+@pytest.mark.parametrize(("environment", "reason"), REASONS)
+def test_conversion_without_a_usable_library(environment, reason, tmp_path: Path):
+    """The stock lowering, with one warning."""
+    if "CHATGLM_OV_ISA" in environment and unavailable() is not None:
+        pytest.skip(f"no native library: {unavailable()}")
+    done = in_another_process(CONVERT, V2.checkpoint, tmp_path / "out", **environment)
+    assert done.out == "stock\n"
+    (line,) = done.err.splitlines()
+    assert line.startswith("no fused operations (") and reason in line

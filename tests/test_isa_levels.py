@@ -1,0 +1,38 @@
+"""Goldens and invariants of the fused lowering at the instruction set levels that this process does not use.
+
+A process chooses its level once, so each level gets a pytest of its own. The level in use is what all other tests
+run on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from golden_cases import without_library
+
+from chatglm_ov.native import native, unavailable
+
+TESTS = Path(__file__).parent
+FILES = ("test_runtime.py", "test_lowering_fused.py", "test_kv_cache.py")
+LEVELS = native().ISA_LEVELS if unavailable() is None else ("avx2", "avx512", "avx512_bf16", "amx")
+
+pytestmark = without_library
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_fused_lowering_at(level: str):
+    if level not in native().present_isa_levels():
+        pytest.skip(f"this machine lacks {level}")
+    if level == native().isa():
+        pytest.skip(f"{level} is in use: the other tests run on it")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "fused or kv_cache", *FILES]
+    environment = {**os.environ, "CHATGLM_OV_ISA": level}
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) > 100, done.stdout[-5000:]
