@@ -8,21 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_cases import V1, V2
+from golden_cases import V1, V2, each_ops
 
 
-def test_report_of_the_small_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+@each_ops
+def test_report_of_the_small_sets(
+    ops: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "tools"))
     import golden_report
 
     monkeypatch.setattr(golden_report, "GOLDENS", [V1, V2])
-    options = ["--formats", "f32", "int8", "--precisions", "f32", "--json", str(tmp_path / "report.json")]
+    chosen = ["--formats", "f32", "int8", "--ops", ops, "--precisions", "f32"]
+    options = [*chosen, "--json", str(tmp_path / "report.json")]
     monkeypatch.setattr(sys, "argv", ["golden_report.py", *options])
     golden_report.main()
     rows = json.loads((tmp_path / "report.json").read_text())
     assert [(row["set"], row["weights"]) for row in rows] == [
         ("v1_tiny", "f32"), ("v1_tiny", "int8"), ("v2_tiny", "f32"), ("v2_tiny", "int8")
     ]  # fmt: skip
+    assert {row["ops"] for row in rows} == {ops}
     for row in rows:
         golden = {"v1_tiny": V1, "v2_tiny": V2}[row["set"]]
         steps = sum(np.prod(golden[key].shape[:2]) for key in golden.arrays.files if key.endswith("_dec_logits"))

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 """How far each weight format and precision is from the original implementations, on the golden sets.
 
-    python tools/golden_report.py [--formats f32 bf16 int8 int4] [--precisions f32 default] [--json FILE]
+    python tools/golden_report.py [--formats f32 bf16 int8 int4] [--ops fused stock] [--precisions f32 default]
+                                  [--json FILE]
 
 Teacher-forced over every prompt of a set: logits of all real prompt columns and decode steps that the set holds,
 against the originals' float32 ones. Columns: largest and mean absolute error, and the share of positions with the
-same best token.
+same best token. With fused operations a precision is that of the KV cache: what they compute in follows from the
+weights.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from chatglm_ov import convert
+from chatglm_ov.conversion import OPS, available_ops
 from chatglm_ov.runtime import CompiledModel, load_model
 from chatglm_ov.weights.formats import FORMATS
 
@@ -32,6 +35,8 @@ from golden_cases import golden_prompt, teacher_forced
 from golden_sets import GOLDENS, Golden
 
 DEFAULT = "default"
+
+Row = dict[str, "float | int | str"]
 
 
 def compared(golden: Golden, model: CompiledModel) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -52,7 +57,7 @@ def compared(golden: Golden, model: CompiledModel) -> Iterator[tuple[np.ndarray,
         yield decoded[:, steps].reshape(-1, vocab), wanted[:, steps].reshape(-1, vocab)
 
 
-def measured(golden: Golden, folder: Path, weight_format: str, precision: str) -> dict[str, float | int | str]:
+def measured(golden: Golden, folder: Path, weight_format: str, precision: str) -> Row:
     model = load_model(folder, weight_format, None if precision == DEFAULT else precision)
     pairs = list(compared(golden, model))
     errors = np.concatenate([np.abs(ours - theirs).max(axis=1) for ours, theirs in pairs])
@@ -61,6 +66,7 @@ def measured(golden: Golden, folder: Path, weight_format: str, precision: str) -
     return {
         "set": golden.folder.name,
         "weights": weight_format,
+        "ops": model.ops,
         "precision": precision if precision != DEFAULT else device_precision(model),
         "positions": int(equal.size),
         "max error": float(errors.max()),
@@ -70,23 +76,31 @@ def measured(golden: Golden, folder: Path, weight_format: str, precision: str) -
 
 
 def device_precision(model: CompiledModel) -> str:
+    if model.ops == "fused":
+        return f"{model.kv_cache_format} cache"
     return model.compiled.get_property("INFERENCE_PRECISION_HINT").to_string() + " (default)"
 
 
-def report(formats: list[str], precisions: list[str], console: Console) -> list[dict[str, float | int | str]]:
+def report(formats: list[str], lowerings: list[str], precisions: list[str], console: Console) -> list[Row]:
     # The small sets are selections of the full ones.
     full = [golden for golden in GOLDENS if golden.root == "shared"]
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         for golden in track(full or GOLDENS, "comparing", console=console, transient=True):
-            folder = convert(golden.checkpoint, Path(temporary) / golden.folder.name, formats, progress=False)
-            rows += [measured(golden, folder, name, precision) for name in formats for precision in precisions]
+            made = {ops: Path(temporary) / ops / golden.folder.name for ops in lowerings}
+            folders = [convert(golden.checkpoint, folder, formats, ops, progress=False) for ops, folder in made.items()]
+            rows += [
+                measured(golden, folder, name, precision)
+                for name in formats
+                for folder in folders
+                for precision in precisions
+            ]
     return rows
 
 
-def print_table(rows: list[dict[str, float | int | str]], console: Console) -> None:
+def print_table(rows: list[Row], console: Console) -> None:
     table = Table(*rows[0])
-    for column in table.columns[3:]:
+    for column in table.columns[4:]:
         column.justify = "right"
     for i, row in enumerate(rows):
         if i and row["set"] != rows[i - 1]["set"]:
@@ -99,10 +113,12 @@ def print_table(rows: list[dict[str, float | int | str]], console: Console) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description="Errors of each weight format and precision on the golden sets.")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=[available_ops("fused"), "stock"])
     parser.add_argument("--precisions", nargs="+", choices=("f32", "bf16", DEFAULT), default=["f32", DEFAULT])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     arguments = parser.parse_args()
-    rows = report(arguments.formats, arguments.precisions, Console(stderr=True))
+    lowerings = list(dict.fromkeys(arguments.ops))
+    rows = report(arguments.formats, lowerings, arguments.precisions, Console(stderr=True))
     print_table(rows, Console(width=100))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
