@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import numpy as np
 import pytest
 from golden_cases import V1, V2, Opener, each_small, golden_prompt, open_compiled, teacher_forced, without_library  # noqa: F401
 
-from chatglm_ov import in_place
-from chatglm_ov.runtime import CompiledModel, core
+from chatglm_ov import convert, in_place
+from chatglm_ov.runtime import CompiledModel, core, load_model
 
 pytestmark = without_library
 
@@ -85,3 +88,27 @@ def test_two_requests_of_the_fall_back(open_compiled: Opener):
     ]
     for name, step in zip(("p5", "batch"), steps, strict=True):
         assert np.abs(step[:, -1] - V1[f"{name}_dec_logits"][:, 1]).max() < 1e-3
+
+
+def test_a_model_is_loaded_with_the_fall_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, open_compiled: Opener
+):
+    """As on an OpenVINO that copies: one warning, and the same logits."""
+    trial = in_place.trial_model()
+    in_place.copy_caches(trial)
+    monkeypatch.setattr(in_place, "trial_model", lambda: trial)
+    monkeypatch.setattr(in_place, "works_in_place", cache(in_place.works_in_place.__wrapped__))
+    folder = convert(V2.checkpoint, tmp_path / "out", ("f32", "int8"), progress=False)
+    for weight_format in ("f32", "int8"):
+        model = load_model(folder, weight_format, "f32")
+        (copies,) = {
+            node.get_attributes()["in_place"]
+            for node in model.model.get_ops()
+            if node.get_type_name() == "MultiHeadAttention"
+        }
+        assert copies == 0
+    prompt, kept = golden_prompt(V2, "batch", model), open_compiled(V2.checkpoint, "int8", "f32", ops="fused")
+    ours, wanted = (teacher_forced(each.create_request(), prompt, V2["batch_dec_tokens"])[1] for each in (model, kept))
+    np.testing.assert_array_equal(ours, wanted)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning == "this OpenVINO copies the state of a model: the KV cache is copied for every token"
