@@ -1,9 +1,9 @@
 """Anonymous memory of converting a checkpoint and of loading the result, in a process of its own.
 
-    python memory_growth.py CHECKPOINT WARM_UP_CHECKPOINT OUT FORMAT...
+    python memory_growth.py CHECKPOINT WARM_UP_CHECKPOINT OUT OPS FORMAT...
 
 Prints a JSON object: by format, bytes of the .bin and the peak growth in bytes of `convert` and of `load` (compiling,
-and the first token, which is when the plugin packs weights).
+and the first token, which is when the plugin packs weights, or a cache gets its memory).
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ def first_token(folder: Path, weight_format: str, precision: str | None) -> None
     request.infer(ids, np.ones_like(ids), np.array([[0, 1]]), np.array([0]), 1)
 
 
-def main(checkpoint: Path, small: Path, out: Path, formats: list[str]) -> None:
+def main(checkpoint: Path, small: Path, out: Path, ops: str, formats: list[str]) -> None:
     # What the libraries take once is not counted.
-    convert(small, out / "small", formats, progress=False)
+    convert(small, out / "small", formats, ops, progress=False)
     for name in formats:
         first_token(out / "small", name, "f32")
     found = {}
     for name in formats:
         sizes = found[name] = {}
         with growth(sizes, "convert"):
-            convert(checkpoint, out / name, (name,), progress=False)
+            convert(checkpoint, out / name, (name,), ops, progress=False)
         sizes["bin"] = (out / name / name / "openvino_model.bin").stat().st_size
         for precision in ("f32", None):
             with growth(sizes, f"load {precision}"):
@@ -70,4 +70,4 @@ def main(checkpoint: Path, small: Path, out: Path, formats: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), sys.argv[4:])
+    main(*map(Path, sys.argv[1:4]), sys.argv[4], sys.argv[5:])
