@@ -1,8 +1,18 @@
 #include "kernels/levels.h"
 
 namespace chatglm {
-
 namespace {
+
+// A table of a level that has every kernel.
+KernelTable whole_table(Isa isa, FullyConnectedKernel (*fully_connected)(WeightFormat), AttentionKernel attention,
+                        ElementwiseKernel elementwise, LimitKernel limit) {
+    return {isa,
+            {fully_connected(WeightFormat::f32), fully_connected(WeightFormat::bf16),
+             fully_connected(WeightFormat::int8), fully_connected(WeightFormat::int4)},
+            attention,
+            elementwise,
+            limit};
+}
 
 // A table with the kernels in it that use tiles.
 KernelTable with_tiles(KernelTable level, FullyConnectedKernel (*fully_connected)(WeightFormat),
@@ -19,24 +29,14 @@ KernelTable with_tiles(KernelTable level, FullyConnectedKernel (*fully_connected
 
 namespace avx2 {
 const KernelTable& table() {
-    static const KernelTable table{Isa::avx2,
-                                   {fully_connected(WeightFormat::f32), fully_connected(WeightFormat::bf16),
-                                    fully_connected(WeightFormat::int8), fully_connected(WeightFormat::int4)},
-                                   attention(),
-                                   elementwise(),
-                                   limit()};
+    static const KernelTable table = whole_table(Isa::avx2, fully_connected, attention(), elementwise(), limit());
     return table;
 }
 }  // namespace avx2
 
 namespace avx512 {
 const KernelTable& table() {
-    static const KernelTable table{Isa::avx512,
-                                   {fully_connected(WeightFormat::f32), fully_connected(WeightFormat::bf16),
-                                    fully_connected(WeightFormat::int8), fully_connected(WeightFormat::int4)},
-                                   attention(),
-                                   elementwise(),
-                                   limit()};
+    static const KernelTable table = whole_table(Isa::avx512, fully_connected, attention(), elementwise(), limit());
     return table;
 }
 }  // namespace avx512
