@@ -106,9 +106,11 @@ class BlockLayout:
         decoded = [array.reshape(count, groups, BLOCK_SLOTS, -1).astype(np.float32) for array in (key, value)]
         if self.element_type == "int8":
             scales = np.ascontiguousarray(blocks[..., 2 * part :]).view(np.float32)
-            decoded = [
-                array * scale[..., None] for array, scale in zip(decoded, np.split(scales, 2, axis=-1), strict=True)
-            ]
+            # Slots that were never written hold anything.
+            with np.errstate(over="ignore", invalid="ignore"):
+                decoded = [
+                    array * scale[..., None] for array, scale in zip(decoded, np.split(scales, 2, axis=-1), strict=True)
+                ]
         key, value = (
             array[..., : self.head_dim].transpose(1, 0, 2, 3).reshape(groups, -1, self.head_dim) for array in decoded
         )
