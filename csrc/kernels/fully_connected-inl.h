@@ -64,6 +64,17 @@ inline float quantize_block(const float* x, int64_t count, int64_t columns, int 
     return scale;
 }
 
+// Prefetches the weights of a stream that is read at `line`, over the ends of pages too: near by into the first-level
+// cache, where each line holds a miss buffer until it comes and those run out from 512 bytes on, and far ahead into the
+// second level. Both distances are measured. The processor's own prefetcher does not run ahead of kernels with many
+// operations a line, which fill its queues with what waits for the line.
+// Inlined at once: a call of a function that only prefetches is removed by GCC 12 as one without effect.
+[[gnu::always_inline]] inline void prefetch_weights(const uint8_t* line) {
+    constexpr int kNearBytes = 384, kFarBytes = 2560;
+    _mm_prefetch(line + kNearBytes, _MM_HINT_T0);
+    _mm_prefetch(line + kFarBytes, _MM_HINT_T1);
+}
+
 // Calls tile(std::integral_constant<int, rows>()), with rows in 1..kMost.
 template <int kMost, typename Tile>
 inline void with_rows(int64_t rows, const Tile& tile) {

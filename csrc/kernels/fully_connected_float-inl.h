@@ -21,9 +21,8 @@ namespace {
 constexpr int kLineBytes = 64;
 // Of a panel: two panels of a block stay in the first-level cache while all rows pass.
 constexpr int kBlockLines = 128;
-// How far ahead is measured. Weights: little, farther confuses the processor's own prefetcher. Rows of x, which come
-// from the third-level cache where they are many: 3 KB, in words.
-constexpr int kPrefetchBytes = 256, kPrefetchWords = 768;
+// How far ahead rows of x are prefetched, which come from the third-level cache where they are many: 3 KB, measured.
+constexpr int kPrefetchWords = 768;
 // Rows of a tile of two panels (24 accumulators, a register each) and of one of four, which is for no more rows.
 constexpr int kManyRows = 12, kFewRows = 4;
 
@@ -74,7 +73,7 @@ template <typename Format, int kRows, int kPanels>
             for (int p = 0; p < kPanels; ++p) {
                 const uint8_t* line = weight + p * panel_bytes;
                 w[p] = Format::part(line, part);
-                if (part == 0) _mm_prefetch(line + kPrefetchBytes, _MM_HINT_T0);
+                if (part == 0) prefetch_weights(line);
             }
 #pragma GCC unroll 12
             for (int r = 0; r < kRows; ++r) {

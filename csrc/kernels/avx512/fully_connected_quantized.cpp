@@ -17,16 +17,15 @@ namespace {
 // Accumulators of the largest tile, a register each, of 32.
 constexpr int kAccumulators = 24;
 constexpr int kLineBytes = 64;
-// Codes are prefetched a little ahead, over the ends of pages too. Farther (measured: from 512 on) it confuses the
-// processor's own prefetcher, which does most.
-constexpr int kPrefetchBytes = 256;
-
 // Conversions under this mask are the plain instructions; GCC 12 warns of its own header's form without one.
 constexpr __mmask16 kAll = 0xffff;
 
-// Rows of a full tile: all registers with two panels, the half of them for the few rows that four panels are for.
+// Panels side by side where the rows are few.
+constexpr int kFewRowsPanels = 4;
+
+// Rows of a full tile: all registers with two panels, the half of them for the few rows that more panels are for.
 constexpr int tile_rows(int planes, int panels = 2) {
-    return (panels == 4 ? 4 : kAccumulators / 2) / planes;
+    return (panels == kFewRowsPanels ? 4 : kAccumulators / 2) / planes;
 }
 
 // What `prepare` makes of x, for R rows and B blocks. Sections, each from a multiple of 64 bytes on:
@@ -147,12 +146,13 @@ struct Weight {
 struct Int8 {
     static constexpr int kStep = 4;  // columns of a line
 
-    static __m512i codes(const uint8_t* line, int) { return _mm512_loadu_si512(line); }
+    static __m512i codes(__m512i line, int) { return line; }
     static int64_t group_columns(const Weight&, int64_t block_columns) { return block_columns; }
     static int64_t first_group(const Weight&, int64_t block) { return block; }
 
     // What the accumulators of a panel start from, and the factor of the weight beside that of x.
     struct Group {
+        static void prefetch(const Weight&, int64_t, int64_t, int) {}
         void load(const Weight&, int64_t, int64_t) {}
         __m512i start(int32_t correction) const { return _mm512_set1_epi32(correction); }
         __m512 scale(float activation) const { return _mm512_set1_ps(activation); }
@@ -163,9 +163,8 @@ struct Int8 {
 struct Int4 {
     static constexpr int kStep = 8;
 
-    static __m512i codes(const uint8_t* line, int part) {
-        const __m512i both = _mm512_loadu_si512(line);
-        return _mm512_and_si512(part ? _mm512_srli_epi16(both, 4) : both, _mm512_set1_epi8(15));
+    static __m512i codes(__m512i line, int part) {
+        return _mm512_and_si512(part ? _mm512_srli_epi16(line, 4) : line, _mm512_set1_epi8(15));
     }
     static int64_t group_columns(const Weight& weight, int64_t) { return weight.group_columns; }
     static int64_t first_group(const Weight& weight, int64_t block) {
@@ -175,6 +174,15 @@ struct Int4 {
     struct Group {
         __m512i zero_points;
         __m512 scales;
+
+        // Of the scales and zero points of so many panels, which lie side by side, the part that is due when all groups
+        // ask for theirs. Few rows pass over them faster than the processor finds these short streams.
+        [[gnu::always_inline]] static void prefetch(const Weight& weight, int64_t panel, int64_t group, int panels) {
+            const int64_t at = panel * weight.groups * kPanel, step = panels * kPanel;
+            const uint16_t* scales = weight.scales + at + group * step;
+            for (int64_t i = 0; i < step; i += kLineBytes / 2) _mm_prefetch(scales + i, _MM_HINT_T0);
+            _mm_prefetch(weight.zero_points + at + group * step, _MM_HINT_T0);
+        }
 
         void load(const Weight& weight, int64_t panel, int64_t group) {
             const int64_t at = (panel * weight.groups + group) * kPanel;
@@ -205,17 +213,26 @@ struct GroupOfTile {
 template <int kRows, int kPanels, int kPlanes>
 using TileSums = Ints[kRows][kPlanes][kPanels];
 
-// Adds the products of one line of codes of each panel, column group `part` of it.
-template <typename Format, int kRows, int kPanels, int kPlanes>
-[[gnu::always_inline]] inline void add_products(TileSums<kRows, kPanels, kPlanes>& sums, const uint8_t* weight,
-                                                int64_t panel_bytes, const int8_t* codes, int part) {
-    __m512i w[kPanels];
+// A line of codes of each panel. Loaded once, whatever is taken out of it: the compiler would load it again for the
+// other nibbles.
+template <int kPanels>
+[[gnu::always_inline]] inline void load_lines(__m512i (&lines)[kPanels], const uint8_t* weight, int64_t panel_bytes) {
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
         const uint8_t* line = weight + p * panel_bytes;
-        w[p] = Format::codes(line, part);
-        if (part == 0) _mm_prefetch(line + kPrefetchBytes, _MM_HINT_T0);
+        lines[p] = _mm512_loadu_si512(line);
+        asm volatile("" : "+v"(lines[p]));
+        prefetch_weights(line);
     }
+}
+
+// Adds the products of one line of codes of each panel, column group `part` of it.
+template <typename Format, int kRows, int kPanels, int kPlanes>
+[[gnu::always_inline]] inline void add_products(TileSums<kRows, kPanels, kPlanes>& sums,
+                                                const __m512i (&lines)[kPanels], const int8_t* codes, int part) {
+    __m512i w[kPanels];
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) w[p] = Format::codes(lines[p], part);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
@@ -265,9 +282,11 @@ template <typename Format, int kRows, int kPanels, int kPlanes>
     const int8_t* codes = group.codes;
     int64_t steps = group.columns / Format::kStep;
     do {
+        __m512i lines[kPanels];
+        load_lines(lines, weight, group.panel_bytes);
 #pragma GCC unroll 2
         for (int part = 0; part < Format::kStep / 4; ++part) {
-            add_products<Format, kRows, kPanels, kPlanes>(sums, weight, group.panel_bytes, codes, part);
+            add_products<Format, kRows, kPanels, kPlanes>(sums, lines, codes, part);
         }
         weight += kLineBytes;
         codes += Format::kStep * kRows * kPlanes;
@@ -295,6 +314,7 @@ template <typename Format, int kRows, int kPanels, int kPlanes>
         typename Format::Group factors[kPanels];
 #pragma GCC unroll 4
         for (int p = 0; p < kPanels; ++p) factors[p].load(weight, at.panel + p, index);
+        if constexpr (kPanels == kFewRowsPanels) Format::Group::prefetch(weight, at.panel + kPanels, index, kPanels);
         group.corrections = x.correction(index, at.row);
         multiply_group<Format, kRows, kPanels, kPlanes>(group, factors, sums);
         group.weight += group.columns / Format::kStep * kLineBytes;
@@ -325,8 +345,10 @@ void multiply_planes(const FullyConnectedTask& task, int64_t begin, int64_t end)
     const Weight weight(task);
     const Prepared x(task.prepared, task.layout, task.rows, task.activation_bits);
     int64_t panel = begin;
-    if (task.rows <= tile_rows(kPlanes, 4)) {
-        for (; panel + 4 <= end; panel += 4) multiply_panels<Format, 4, kPlanes>(task, weight, x, panel);
+    if (task.rows <= tile_rows(kPlanes, kFewRowsPanels)) {
+        for (; panel + kFewRowsPanels <= end; panel += kFewRowsPanels) {
+            multiply_panels<Format, kFewRowsPanels, kPlanes>(task, weight, x, panel);
+        }
     }
     for (; panel + 2 <= end; panel += 2) multiply_panels<Format, 2, kPlanes>(task, weight, x, panel);
     if (panel < end) multiply_panels<Format, 1, kPlanes>(task, weight, x, panel);
