@@ -47,6 +47,7 @@ def stored(weight: np.ndarray, name: str, folder: Path, rows: np.ndarray | None)
         store = WeightStore(checkpoint, file, name, lambda *_: None)
         packed = store.packed_linear("w", rows)
         assert store.packed_linear("w", rows) is packed
+        file.flush()
         return packed, packed.payload.data.copy()
 
 
@@ -135,6 +136,7 @@ def test_biases_fill_whole_panels(size, tmp_path: Path):
     save_file({"b": bias}, tmp_path / "model.safetensors")
     with Checkpoint.open(tmp_path) as checkpoint, WeightsFile(tmp_path / "w.bin") as file:
         values = WeightStore(checkpoint, file, "int8", lambda *_: None).vector("b", rows).data
+        file.flush()
         assert values.size % PANEL == 0
         np.testing.assert_array_equal(values, np.pad(bias[::-1], (0, -size % PANEL)))
 

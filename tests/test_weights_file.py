@@ -21,13 +21,25 @@ from chatglm_ov.config import load_config
 from chatglm_ov.lowering.stock import StockLowering
 from chatglm_ov.models import architecture
 from chatglm_ov.models.chatglm2 import EMBEDDING, LM_HEAD, qkv_rows
+from chatglm_ov.weights import paged_file
 from chatglm_ov.weights.file import ALIGNMENT, WeightsFile
 from chatglm_ov.weights.formats import FORMATS, stored_format
 from chatglm_ov.weights.ir import write_ir
+from chatglm_ov.weights.paged_file import PAGE_BYTES
 from chatglm_ov.weights.store import WeightStore
 
 QKV = "transformer.encoder.layers.0.self_attention.query_key_value.weight"
 formats = pytest.mark.parametrize("weight_format", FORMATS)
+
+
+class Spy:
+    """A file whose `write` is another one."""
+
+    def __init__(self, file, write):
+        self._file, self.write = file, write
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
 
 
 @dataclass
@@ -45,7 +57,9 @@ def built(golden: Golden, weight_format: str, bin_path: Path) -> Iterator[Built]
     config, progress = load_config(golden.checkpoint), []
     with Checkpoint.open(golden.checkpoint) as checkpoint, WeightsFile(bin_path) as file:
         store = WeightStore(checkpoint, file, weight_format, lambda name, nbytes: progress.append((name, nbytes)))
-        yield Built(architecture(config).build(config, StockLowering(store)), file, store, progress)
+        model = architecture(config).build(config, StockLowering(store))
+        file.flush()
+        yield Built(model, file, store, progress)
 
 
 def converted_ir(golden: Golden, weight_format: str, folder: Path) -> Path:
@@ -79,7 +93,7 @@ def test_file_holds_what_was_written(constants, seed, tmp_path_factory: pytest.T
                     position = file.write_at(entry, position, block)
                 assert position == entry.nbytes
             else:
-                entry = file.write(str(i), blocks)
+                entry = file.write(str(i), np.concatenate(blocks))
             written[str(i)] = entry, np.concatenate(blocks)
         assert file.entries == {name: entry for name, (entry, _) in written.items()}
     contents, end = path.read_bytes(), 0
@@ -89,18 +103,56 @@ def test_file_holds_what_was_written(constants, seed, tmp_path_factory: pytest.T
         assert contents[entry.offset : (end := entry.offset + entry.nbytes)] == data.tobytes()
 
 
+@given(
+    pieces=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 200), st.booleans()), max_size=12),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_pages_hold_what_was_written(pieces, seed, tmp_path_factory: pytest.TempPathFactory):
+    """In any order, over ends of pages, more pages than are open at once, twice, with a flush between."""
+    rng, path = np.random.default_rng(seed), tmp_path_factory.mktemp("file") / "w.bin"
+    wanted, size = np.zeros(600, np.uint8), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paged_file, "PAGE_BYTES", 64)
+        patch.setattr(paged_file, "OPEN_PAGES", 2)
+        file = paged_file.PagedFile(path)
+        for offset, length, flush in pieces:
+            data = rng.integers(0, 256, length, dtype=np.uint8)
+            file.write_at(offset, data)
+            wanted[offset : offset + length] = data
+            size = max(size, offset + length)
+            assert path.stat().st_size == size
+            if flush:
+                file.flush()
+                assert path.read_bytes() == wanted[:size].tobytes()
+        file.flush()
+        file.close()
+    assert path.read_bytes() == wanted[:size].tobytes()
+
+
+def test_whole_pages_are_written_in_one_piece(tmp_path: Path):
+    """Two streams of small pieces: each page reaches the file once, whole, but the last."""
+    file, written = paged_file.PagedFile(tmp_path / "w.bin"), []
+    write = file._file.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file, "_file", Spy(file._file, lambda data: written.append(len(data)) or write(data)))
+        half = 20 * PAGE_BYTES
+        for start in range(0, half, PAGE_BYTES // 8):
+            for offset in (start, half + start):
+                file.write_at(offset, np.ones(PAGE_BYTES // 8, np.uint8))
+        file.write_at(2 * half, np.ones(5, np.uint8))
+        file.flush()
+    file.close()
+    assert written == [PAGE_BYTES] * 40 + [5]
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.int8, np.int64])
 def test_constant_is_a_view_of_the_file(dtype, tmp_path: Path):
     values = np.arange(-6, 6).reshape(3, 4).astype(dtype)
     with WeightsFile(tmp_path / "w.bin") as file:
-        file.write("before", [np.ones(3, np.uint8)])
-        file.write(
-            "a",
-            [
-                np.asfortranarray(values),
-            ],
-        )
+        file.write("before", np.ones(3, np.uint8))
+        file.write("a", np.asfortranarray(values))
         node = file.constant("a", ov.Type(dtype).get_type_name(), values.shape)
+        file.flush()
         np.testing.assert_array_equal(node.data, values)
         assert node.get_friendly_name() == "a"
 

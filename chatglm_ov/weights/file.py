@@ -6,14 +6,15 @@ in anonymous memory, and every constant starts at a multiple of 64 bytes (a cach
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 import openvino as ov
+
+from chatglm_ov.weights.paged_file import PagedFile
 
 ALIGNMENT = 64
 
@@ -32,7 +33,8 @@ class WeightsFile:
     def __init__(self, path: Path):
         self.path = path
         self.entries: dict[str, Entry] = {}
-        self._file: BinaryIO = path.open("wb")
+        self._file = PagedFile(path)
+        self._end = 0
         self._views: list[np.ndarray] = []
 
     def __enter__(self) -> WeightsFile:
@@ -41,38 +43,39 @@ class WeightsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._views.clear()
+        try:
+            if error is None:
+                self.flush()
+        finally:
+            self._file.close()
+            self._views.clear()
 
-    def write(self, name: str, blocks: Iterable[np.ndarray]) -> Entry:
-        """Append the bytes of `blocks`, one after the other, as the constant `name`."""
-        self._file.write(bytes(-self._file.tell() % ALIGNMENT))
-        offset = self._file.tell()
-        for block in blocks:
-            self._file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
-        self.entries[name] = Entry(offset, self._file.tell() - offset)
-        return self.entries[name]
+    def flush(self) -> None:
+        """What was written is in the file, and in the constants, after this or the end of the block."""
+        self._file.flush()
+
+    def write(self, name: str, block: np.ndarray) -> Entry:
+        """Append the bytes of `block` as the constant `name`."""
+        entry = self.reserve(name, block.nbytes)
+        self.write_at(entry, 0, block)
+        return entry
 
     def reserve(self, name: str, nbytes: int) -> Entry:
         """Room for a constant that `write_at` fills in pieces."""
-        self._file.write(bytes(-self._file.tell() % ALIGNMENT))
-        entry = self.entries[name] = Entry(self._file.tell(), nbytes)
-        self._file.truncate(entry.offset + nbytes)
-        self._file.seek(entry.offset + nbytes)
+        offset = -(-self._end // ALIGNMENT) * ALIGNMENT
+        entry = self.entries[name] = Entry(offset, nbytes)
+        self._end = offset + nbytes
+        self._file.extend(self._end)
         return entry
 
     def write_at(self, entry: Entry, position: int, block: np.ndarray) -> int:
         """Write a piece of a reserved constant; returns the position behind it, in bytes from its start."""
         data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
-        end = self._file.tell()
-        self._file.seek(entry.offset + position)
-        self._file.write(data.data)
-        self._file.seek(end)
+        self._file.write_at(entry.offset + position, data)
         return position + data.size
 
     def constant(self, name: str, element_type: str, shape: Sequence[int]) -> ov.Node:
         """The graph constant of that name: a view on the file, valid as long as this object is open."""
-        self._file.flush()
         entry = self.entries[name]
         view = np.memmap(self.path, dtype=np.uint8, mode="r", offset=entry.offset, shape=(entry.nbytes,))
         # The tensor does not keep the numpy array alive.

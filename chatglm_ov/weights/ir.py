@@ -31,7 +31,7 @@ def write_ir(model: ov.Model, weights: WeightsFile, xml_path: Path) -> None:
     for node in model.get_ordered_ops():
         name = node.get_friendly_name()
         if node.get_type_name() == "Constant" and name not in weights.entries:
-            weights.write(name, [node.data])
+            weights.write(name, node.data)
     try:
         ov.serialize(model, str(xml_path), os.devnull)
     except RuntimeError as error:

@@ -62,7 +62,7 @@ class WeightStore:
             values = _checked(tensor, tensor.read())
             if rows is not None:
                 values = np.where(rows == PADDING, np.float32(0), values[rows])
-            self.file.write(name, [values])
+            self.file.write(name, values)
             self._constants[name] = {"weight": self.file.constant(name, "f32", values.shape)}
             self._progress(name, tensor.nbytes)
         return self._constants[name]["weight"]
