@@ -27,9 +27,9 @@ FIRST_SLOTS, LARGEST_STEP = 256, 2048
 class KVCache(Protocol):
     """What a request asks of its cache."""
 
-    def prepare(self, attention_mask: np.ndarray, continued: np.ndarray) -> None:
-        """Make room for the columns of `attention_mask` [B, T]; `continued` bool [B, past] is the mask that those in
-        the cache were fed with. Raises ChatGLMError where there is no memory for it, or the masks do not agree where
+    def prepare(self, columns: np.ndarray, continued: np.ndarray) -> None:
+        """Make room for `columns`, bool [B, T], false on padding; `continued` bool [B, past] is what it was when those
+        in the cache were fed. Raises ChatGLMError where there is no memory for it, or the masks do not agree where
         they must; what is in the cache stays then."""
 
     def forget(self) -> None:
@@ -52,7 +52,7 @@ class PluginCache:
     def __init__(self, request: ov.InferRequest):
         self._request = request
 
-    def prepare(self, attention_mask: np.ndarray, continued: np.ndarray) -> None:
+    def prepare(self, columns: np.ndarray, continued: np.ndarray) -> None:
         """Nothing to do: the plugin's cache grows by itself."""
 
     def forget(self) -> None:
@@ -145,15 +145,14 @@ class BlockCache:
         """Bytes of all layers."""
         return len(self._layers) * self.layout.nbytes(self.rows, self.blocks)
 
-    def prepare(self, attention_mask: np.ndarray, continued: np.ndarray) -> None:
+    def prepare(self, columns: np.ndarray, continued: np.ndarray) -> None:
         past = continued.shape[1]
-        changed = np.argwhere((attention_mask[:, :past] != 0) != continued)
-        if changed.size:
-            row, column = changed[0]
+        if not np.array_equal(columns[:, :past], continued):
+            row, column = np.argwhere(columns[:, :past] != continued)[0]
             wanted = f"{int(continued[row, column])}, as when the column was fed: padding has no slot in the cache"
-            raise ChatGLMError("infer", f"attention_mask[{row}, {column}]", attention_mask[row, column], wanted)
-        slots = int(np.count_nonzero(attention_mask, axis=1).max())
-        self.make_room(len(attention_mask), slots, keep=past > 0)
+            raise ChatGLMError("infer", f"attention_mask[{row}, {column}]", int(columns[row, column]), wanted)
+        slots = int(np.count_nonzero(columns, axis=1).max())
+        self.make_room(len(columns), slots, keep=past > 0)
 
     def make_room(self, rows: int, slots: int, keep: bool) -> None:
         """Have at least so many rows and slots a row. keep: there are columns in the cache that are needed."""

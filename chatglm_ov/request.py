@@ -26,7 +26,9 @@ class Request:
     """Rows in the cache."""
 
     def __post_init__(self) -> None:
-        self._input_shapes = {port.any_name: port.partial_shape for port in self.infer_request.model_inputs}
+        shapes = {port.any_name: port.partial_shape for port in self.infer_request.model_inputs}
+        self._input_names = frozenset(shapes)
+        self._position_rows = [rows.get_length() for rows in list(shapes["position_ids"])[1:-1]]
         self._columns = np.ones((0, 0), bool)
         self._prefix = 0
 
@@ -79,12 +81,13 @@ class Request:
             inputs["prefix_length"] = np.ascontiguousarray(prefix_length, np.int64)
         self._check_shapes(inputs)
         self._check_values(inputs)
-        self.cache.prepare(inputs["attention_mask"], self._continued(inputs["beam_idx"]))
+        columns = inputs["attention_mask"] != 0
+        self.cache.prepare(columns, self._continued(inputs["beam_idx"]))
         # Copied in: the plugin keeps pointers to shared inputs, and a later request writes its own through them.
         self.infer_request.infer(inputs)
         self.rows, new = input_ids.shape
         self.past_length += new
-        self._columns = inputs["attention_mask"] != 0
+        self._columns = columns
         self._prefix = 0 if prefix_length is None else int(inputs["prefix_length"].max())
         return self.infer_request.get_tensor("logits").data.copy()
 
@@ -99,15 +102,14 @@ class Request:
         if ids.ndim != 2 or ids.size == 0:
             raise ChatGLMError("infer", "input_ids", f"of shape {ids.shape}", "[B, L], at least one token")
         batch, new = ids.shape
-        position_rows = [rows.get_length() for rows in list(self._input_shapes["position_ids"])[1:-1]]
         expected = {
             "attention_mask": [batch, self.past_length + new],
-            "position_ids": [batch, *position_rows, new],
+            "position_ids": [batch, *self._position_rows, new],
             "beam_idx": [batch],
             "prefix_length": [batch],
         }
         for name, shape in expected.items():
-            if (name in inputs) != (name in self._input_shapes):
+            if (name in inputs) != (name in self._input_names):
                 seen, wanted = ("given", "none") if name in inputs else ("missing", shape)
                 raise ChatGLMError("infer", name, seen, wanted)
             if name in inputs and list(inputs[name].shape) != shape:
@@ -124,10 +126,11 @@ class Request:
         }
         for name, (end, kind, why) in allowed.items():
             values = inputs[name]
-            wrong = values[(values < 0) | (values >= (np.inf if end is None else end))]
-            if wrong.size:
-                wanted = "0 or more" if end is None else f"0 to {end - 1}{why}"
-                raise ChatGLMError("infer", name, f"a {kind} {wrong[0]}", wanted)
+            if values.min() >= 0 and (end is None or values.max() < end):
+                continue
+            wrong = values[(values < 0) | (values >= (np.inf if end is None else end))][0]
+            wanted = "0 or more" if end is None else f"0 to {end - 1}{why}"
+            raise ChatGLMError("infer", name, f"a {kind} {wrong}", wanted)
 
     def cached(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of one layer, float32 [B, num_key_value_heads, past_length, head_dim] each, with the
