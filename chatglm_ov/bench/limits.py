@@ -31,12 +31,14 @@ class Limits:
         """One more sample of each limit: about a second."""
         library = native()
         isa = library.isa()
-        self.samples["read"].append(self._read_bandwidth(isa))
+        self.samples["read"].append(self.read_bandwidth())
         for kind in ("int8", "bf16"):
             tries = (library.peak(isa, kind, self.threads, PEAK_SECONDS) for _ in range(PEAK_TRIES))
             self.samples[kind].append(max(tries))
 
-    def _read_bandwidth(self, isa: str) -> float:
+    def read_bandwidth(self) -> float:
+        """Bytes a second, now; kept nowhere."""
+        isa = native().isa()
         # Ones: pages that were never written would all be the same one.
         buffer = np.ones(BUFFER_BYTES, np.uint8)
         return max(native().read_bandwidth(isa, buffer, self.threads) for _ in range(PASSES)) * 1e9

@@ -33,6 +33,8 @@ CHUNK = 512
 
 Report = Callable[[str], None]
 """Called after each case with what was measured."""
+ReadBandwidth = Callable[[], float]
+"""Bytes that can be read from memory a second, measured at the call."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,12 @@ class Variant:
 
 @dataclass
 class Times:
-    """Of one case in seconds, by round: the whole prompt, and each step."""
+    """Of one case, by round: seconds of the whole prompt and of each step, and the read bandwidth beside the steps, the
+    mean of what it was right before and right after them; empty where it cannot be measured."""
 
     prompt: list[float] = field(default_factory=list)
     steps: list[list[float]] = field(default_factory=list)
+    read: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -133,27 +137,29 @@ def run_rounds(
     report: Report,
 ) -> list[Record]:
     """Every variant has a turn in each round, in an order that is turned round each time; the limits are measured
-    before, between and after the rounds."""
+    before, between and after the rounds, and the read bandwidth, which other users of the machine take their parts of,
+    before and after the steps of each case."""
     records = [Record(variant, {case: Times() for case in cases}) for variant in variants]
     can_measure = unavailable() is None
+    read = limits.read_bandwidth if can_measure else None
     for i in range(rounds):
         if can_measure:
             limits.take()
         for record in records if i % 2 == 0 else reversed(records):
-            take_turn(record, folders[record.variant.ops], steps, threads, report)
+            take_turn(record, folders[record.variant.ops], steps, threads, read, report)
     if can_measure:
         limits.take()
     return records
 
 
-def take_turn(record: Record, folder: Path, steps: int, threads: int | None, report: Report) -> None:
+def take_turn(
+    record: Record, folder: Path, steps: int, threads: int | None, read: ReadBandwidth | None, report: Report
+) -> None:
     """Load the variant, add one sample of everything to the record, release it."""
     model = _timed_load(record, folder, threads)
     record.weight_bytes = weight_bytes(model.model, model.config)
     for case, times in record.cases.items():
-        prompt, decode = run_case(model, case, steps)
-        times.prompt.append(prompt)
-        times.steps.append(decode)
+        run_case(model, case, steps, times, read)
         report(f"{record.variant.label}: {case.tokens} tokens, batch {case.batch}")
 
 
@@ -170,8 +176,8 @@ def _timed_load(record: Record, folder: Path, threads: int | None) -> CompiledMo
     return model
 
 
-def run_case(model: CompiledModel, case: Case, steps: int) -> tuple[float, list[float]]:
-    """Seconds of the prompt and of each step, in a new request."""
+def run_case(model: CompiledModel, case: Case, steps: int, times: Times, read: ReadBandwidth | None = None) -> None:
+    """Adds one round to the times, in a new request."""
     calls = case.calls(steps)
     tokens = Tokens(model.config, case.batch, calls, WARM_STEPS + steps)
     request = model.create_request()
@@ -182,8 +188,12 @@ def run_case(model: CompiledModel, case: Case, steps: int) -> tuple[float, list[
     for length in calls:
         prompt += tokens.feed(request, end, end + length)
         end += length
-    times = [tokens.feed(request, end + i, end + i + 1) for i in range(WARM_STEPS + steps)]
-    return prompt, times[WARM_STEPS:]
+    times.prompt.append(prompt)
+    before = None if read is None else read()
+    decode = [tokens.feed(request, end + i, end + i + 1) for i in range(WARM_STEPS + steps)]
+    times.steps.append(decode[WARM_STEPS:])
+    if read is not None and before is not None:
+        times.read.append((before + read()) / 2)
 
 
 class Tokens:

@@ -1,7 +1,8 @@
 """From times to figures: strings, numbers, lists and dicts only, for the JSON file, the tables and the picture.
 
 Everything is in seconds, bytes and operations (2 a multiply-add). A figure of a step is the median of the rounds'
-medians; shares are of the medians of the limits that were measured between the same rounds.
+medians. The share of a prompt is of the median of the peaks that were measured between the same rounds; that of a step
+is the median of the rounds' shares, each of the read bandwidth beside its steps.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _case(
         "tokens": case.tokens,
         "batch": case.batch,
         "prompt": _prompt(config, record.variant, case, times, steps, limits),
-        "decode": _decode(config, record, case, times, steps, limits),
+        "decode": _decode(config, record, case, times, steps),
     }
 
 
@@ -95,23 +96,23 @@ def _prompt(
     }
 
 
-def _decode(
-    config: ArchitectureConfig, record: Record, case: Case, times: Times, steps: int, limits: dict[str, float]
-) -> dict[str, Any]:
+def _decode(config: ArchitectureConfig, record: Record, case: Case, times: Times, steps: int) -> dict[str, Any]:
     last = case.tokens if case.filled else case.tokens + steps + WARM_STEPS
     cached = last - (steps - 1) / 2
     in_cache = cache_bytes(config, record.variant.kv_cache_format, cached, case.batch)
     seconds = summary([median(samples) for samples in times.steps])
-    rate = (record.weight_bytes + in_cache) / seconds["median"]
+    nbytes = record.weight_bytes + in_cache
+    shares = [nbytes / (step * read) for step, read in zip(seconds["samples"], times.read, strict=False)]
     return {
         "cached_tokens": cached,
         "seconds": seconds | {"steps": times.steps},
         "tokens_per_second": case.batch / seconds["median"],
         "cache_bytes": in_cache,
-        "bytes": record.weight_bytes + in_cache,
-        "bytes_per_second": rate,
-        "limit_bytes_per_second": limits.get("read"),
-        "share": rate / limits["read"] if "read" in limits else None,
+        "bytes": nbytes,
+        "bytes_per_second": nbytes / seconds["median"],
+        "limit_bytes_per_second": median(times.read) if times.read else None,
+        "limit_samples": times.read,
+        "share": median(shares) if shares else None,
     }
 
 
