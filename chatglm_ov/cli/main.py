@@ -9,7 +9,7 @@ from importlib import import_module
 from chatglm_ov import __version__
 from chatglm_ov.cli.program import Parser, execute
 
-COMMANDS = ("convert", "info", "generate", "chat", "demo", "bench")
+COMMANDS = ("convert", "info", "generate", "chat", "demo", "bench", "eval")
 
 
 def build_parser() -> Parser:

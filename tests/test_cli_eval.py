@@ -1,0 +1,77 @@
+"""`chatglm-ov eval`: its figures, its table, and what it refuses."""
+
+# ruff: noqa: F811 (fixtures are imported)
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import Run, checkpoint, converted, run  # noqa: F401
+
+POEMS = [
+    {"title": "静夜思", "author": "李白", "text": "床前明月光，疑是地上霜。举头望明月，低头思故乡。"},
+    {"title": "春晓", "author": "孟浩然", "text": "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。"},
+]
+
+
+@pytest.fixture
+def poems(tmp_path: Path) -> Path:
+    path = tmp_path / "poems.jsonl"
+    path.write_text("".join(json.dumps(poem, ensure_ascii=False) + "\n" for poem in POEMS), encoding="utf-8")
+    return path
+
+
+def test_formats_beside_a_reference(converted: Path, poems: Path, tmp_path: Path, run: Run) -> None:
+    done = run(
+        "eval", converted, "--data", poems, "--reference", converted, "--window", 24, "--stride", 8,
+        "--json", tmp_path / "figures.json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "figures.json").read_text())
+    assert report["documents"] == 2 and (report["window"], report["stride"]) == (24, 8)
+    assert report["reference"] == {"folder": str(converted), "weight_format": "f32"}
+    models = {model["label"]: model for model in report["models"]}
+    assert list(models) == ["reference", "bf16", "f32", "int8"]
+    base = models["reference"]["perplexity"]
+    assert models["reference"]["agreement"] is None and models["reference"]["kv_cache_format"] == "f32"
+    for name in ("bf16", "f32", "int8"):
+        model = models[name]
+        assert model["perplexity_change"] == pytest.approx(model["perplexity"] / base - 1)
+        assert 0.8 < model["agreement"] <= 1 and -1e-12 < model["divergence"] < 0.1
+    assert models["f32"]["divergence"] < models["bf16"]["divergence"] < models["int8"]["divergence"]
+    printed = done.out.splitlines()
+    assert printed[0].startswith("poems.jsonl: 2 documents, ") and "windows of 24, stride 8" in printed[0]
+    assert [line.split("  ")[0].strip() for line in printed[3:]] == list(models)
+
+
+def test_settings_of_the_model_are_told(converted: Path, poems: Path, run: Run) -> None:
+    done = run(
+        "eval", converted, "--data", poems, "--weight-format", "int8", "--prompt", "{author}的《{title}》",
+        "--limit", 1, "--kv-cache-format", "int8", "--activation-bits", 8,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "int8, 8-bit activations, int8 cache" in done.out and "1 documents" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--field", "verse"], "verse is missing, expected one of title, author, text"),
+        (["--prompt", "{name}"], "name is missing, expected one of title, author, text"),
+        (["--window", "4", "--stride", "4"], "window is 4, expected more than"),
+        (["--window", "1000000"], "window is 1000000, expected at most"),
+        (["--weight-format", "int4"], "weight_format is 'int4'"),
+        (["--reference-format", "int4"], "weight_format is 'int4'"),
+    ],
+)
+def test_what_is_refused(arguments: list[str], told: str, converted: Path, poems: Path, run: Run) -> None:
+    done = run("eval", converted, "--data", poems, *arguments)
+    assert done.code == 2 and told in done.err.splitlines()[-1]
+
+
+def test_folders_and_files_that_are_not_there(converted: Path, poems: Path, tmp_path: Path, run: Run) -> None:
+    assert "file is missing" in run("eval", converted, "--data", tmp_path / "none.txt").error
+    assert str(tmp_path) in run("eval", tmp_path, "--data", poems).error
+    assert str(tmp_path) in run("eval", converted, "--data", poems, "--reference", tmp_path).error
