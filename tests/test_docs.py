@@ -1,10 +1,12 @@
 """Every page starts with a command, every command and program on it runs, and the Chinese pages match the English.
 
 `chatglm3-6b` on the pages is the demo checkpoint here: a real one of that architecture, only smaller.
+`poems.jsonl` holds one poem.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -74,6 +76,8 @@ def test_commands_and_programs_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.input", lambda prompt="": (_ for _ in ()).throw(EOFError))
     shutil.copytree(CHECKPOINT, "chatglm3-6b")
+    poem = {"title": "静夜思", "author": "李白", "text": "床前明月光，疑是地上霜。举头望明月，低头思故乡。"}
+    Path("poems.jsonl").write_text(json.dumps(poem, ensure_ascii=False) + "\n", encoding="utf-8")
     found = blocks(page)
     commands = [line for kind, text in found if kind == "bash" for line in text.splitlines()]
     first = next((line for line in commands if "chatglm3-6b" in line), "")
