@@ -16,7 +16,7 @@ import openvino.opset15 as ops
 from openvino.op.util import Variable, VariableInfo
 
 from chatglm_ov.kv_cache import BLOCK_SLOTS, BlockLayout
-from chatglm_ov.lowering.operations import operation
+from chatglm_ov.lowering.operations import attributes_of, operation
 
 DIM = 16
 LAYOUT = BlockLayout("f32", 1, DIM)
@@ -84,7 +84,7 @@ def copy_caches(model: ov.Model) -> None:
     for node in model.get_ordered_ops():
         if node.get_type_name() != "MultiHeadAttention":
             continue
-        copying = operation("MultiHeadAttention", node.input_values(), **{**_attributes(node), "in_place": 0})
+        copying = operation("MultiHeadAttention", node.input_values(), **{**attributes_of(node), "in_place": 0})
         copying.set_friendly_name(node.get_friendly_name())
         state = node.input_value(node.get_input_size() - 1)
         for target in state.get_target_inputs():
@@ -93,7 +93,3 @@ def copy_caches(model: ov.Model) -> None:
         for target in node.output(0).get_target_inputs():
             target.replace_source_output(copying.output(0))
     model.validate_nodes_and_infer_types()
-
-
-def _attributes(node: ov.Node) -> dict[str, object]:
-    return {name: value for name, value in node.get_attributes().items() if name != "packing_version"}

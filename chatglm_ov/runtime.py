@@ -18,6 +18,7 @@ import openvino as ov
 from chatglm_ov import in_place
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.fuse_norms import fuse_norms
 from chatglm_ov.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, PluginCache
 from chatglm_ov.models import architecture
 from chatglm_ov.native import library_path, native, unavailable
@@ -191,6 +192,7 @@ def _fused_properties(model: ov.Model, settings: Settings, device: str) -> dict[
         for node in model.get_ops():
             if node.get_type_name() == "FullyConnected":
                 node.set_attribute("activation_bits", settings.activation_bits)
+    fuse_norms(model)
     if not in_place.works_in_place():
         in_place.copy_caches(model)
     # Values between operations are f32. With another hint the plugin would convert them there and back.

@@ -184,6 +184,42 @@ def test_fully_connected_in_a_model(core, factory):
     assert (np.abs(seen - wanted) <= bound).all()
 
 
+@pytest.mark.parametrize("rows", [1, 3, 70, 600])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_fully_connected_with_the_norm_before_it(core, factory, kind, rows):
+    """Bit for bit what the two operations give; more rows than are multiplied at once, too."""
+    rng = np.random.default_rng(rows)
+    layout, payload, _ = packed_int8(rng, 40, 70)
+    values = rng.standard_normal((1, rows, 70)).astype(np.float32) * 3 + 1
+    bias = np.zeros(16 * layout.panels, np.float32)
+    bias[:40] = rng.standard_normal(40)
+    norms = list(rng.standard_normal((1 if kind == "rms" else 2, 70)).astype(np.float32))
+    x, norms = parameter([-1, -1, 70]), [opset.constant(each) for each in norms]
+    rest = [opset.constant(payload), opset.constant(bias)]
+    attributes = weight_attributes(layout) | {"y_features": 40, "bias": 1}
+    apart = factory.create("Norm", [i.output(0) for i in (x, *norms)], {"kind": kind, "eps": 1e-3})
+    behind = factory.create("FullyConnected", [i.output(0) for i in (apart, *rest)], attributes)
+    attributes |= {"norm": kind, "norm_eps": 1e-3}
+    fused = factory.create("FullyConnected", [i.output(0) for i in (x, *rest, *norms)], attributes)
+    two, one = compiled(core, [behind.output(0), fused.output(0)], [x])([values]).values()
+    np.testing.assert_array_equal(one, two)
+
+
+def test_a_norm_that_does_not_fit_is_refused(factory):
+    layout, payload, _ = packed_int8(np.random.default_rng(0), 16, 64)
+    attributes = weight_attributes(layout) | {"y_features": 16}
+    inputs = [parameter([-1, 64]).output(0), opset.constant(payload).output(0)]
+    short = opset.constant(np.ones(63, np.float32)).output(0)
+    for wrong, more, message in (
+        ("group", [], "norm 'group', wanted none, rms or layer"),
+        ("rms", [], "2 inputs, wanted 3"),
+        ("layer", [short], "3 inputs, wanted 4"),
+        ("rms", [short], "wanted 64 elements"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            factory.create("FullyConnected", [*inputs, *more], attributes | {"norm": wrong})
+
+
 def test_embedding_reads_rows_of_a_packed_weight(core, factory):
     layout, payload, weight = packed_int8(np.random.default_rng(1), 50, 24)
     ids = parameter([-1, -1], np.int32)

@@ -23,3 +23,8 @@ def operation(name: str, inputs: Iterable[ov.Node | ov.Output], **attributes: An
     """A node of the operation `name`, with the version of the layouts that it reads."""
     outputs = [value.output(0) if isinstance(value, ov.Node) else value for value in inputs]
     return _factory().create(name, outputs, {**attributes, "packing_version": native().PACKING_VERSION})
+
+
+def attributes_of(node: ov.Node) -> dict[str, Any]:
+    """What `operation` takes to make another one of the kind."""
+    return {name: value for name, value in node.get_attributes().items() if name != "packing_version"}

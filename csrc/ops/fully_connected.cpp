@@ -6,7 +6,11 @@ namespace chatglm {
 
 void FullyConnected::validate_and_infer_types() {
     check_version();
-    check_inputs(2 + static_cast<size_t>(bias_ + residual_));
+    OPENVINO_ASSERT(norm_ == "none" || norm_ == "rms" || norm_ == "layer", "FullyConnected: norm '", norm_,
+                    "', wanted none, rms or layer");
+    const size_t norm_inputs = norm_ == "none" ? 0 : norm_ == "rms" ? 1 : 2;
+    const size_t first_of_norm = 2 + static_cast<size_t>(bias_ + residual_);
+    check_inputs(first_of_norm + norm_inputs);
     const auto [packed, activation] = or_throw("FullyConnected", [&] {
         weight_.layout().check();
         return std::make_pair(weight_.layout(), parse_activation(activation_));
@@ -23,6 +27,10 @@ void FullyConnected::validate_and_infer_types() {
     check_elements(1, packed.bytes());
     if (bias_) check_elements(2, padded);
     if (residual_) check_last_dim(static_cast<size_t>(2 + bias_), y_features_);
+    for (size_t i = 0; i < norm_inputs; ++i) {
+        check_type(first_of_norm + i, ov::element::f32);
+        check_elements(first_of_norm + i, weight_.in_features);
+    }
     auto shape = get_input_partial_shape(0);
     if (shape.rank().is_static()) shape[shape.size() - 1] = y_features_;
     set_output_type(0, ov::element::f32, shape);
@@ -36,6 +44,8 @@ bool FullyConnected::visit_attributes(ov::AttributeVisitor& visitor) {
     visitor.on_attribute("residual", residual_);
     visitor.on_attribute("residual_scale", residual_scale_);
     visitor.on_attribute("activation_bits", activation_bits_);
+    visitor.on_attribute("norm", norm_);
+    visitor.on_attribute("norm_eps", norm_eps_);
     return Operation::visit_attributes(visitor);
 }
 
@@ -50,8 +60,15 @@ bool FullyConnected::evaluate(ov::TensorVector& outputs, const ov::TensorVector&
         epilogue.residual_stride = y_features_;
         epilogue.residual_scale = residual_scale_;
     }
+    RowNorm norm;
+    if (norm_ != "none") {
+        const size_t first = 2 + static_cast<size_t>(bias_ + residual_);
+        norm.weight = inputs[first].data<const float>();
+        norm.bias = norm_ == "layer" ? inputs[first + 1].data<const float>() : nullptr;
+        norm.eps = norm_eps_;
+    }
     run(kernels(), {weight_.layout(), inputs[1].data<const uint8_t>(), static_cast<int>(activation_bits_), rows,
-                    x.data<const float>(), epilogue, outputs[0].data<float>(), y_features_});
+                    x.data<const float>(), norm, epilogue, outputs[0].data<float>(), y_features_});
     return true;
 }
 

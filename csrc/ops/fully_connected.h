@@ -1,4 +1,4 @@
-// y = activation(x W^T + bias) + residual_scale * residual over a packed weight.
+// y = activation(norm(x) W^T + bias) + residual_scale * residual over a packed weight.
 #pragma once
 
 #include "kernels/table.h"
@@ -13,10 +13,13 @@ struct FullyConnectedAttributes {
     int64_t bias_ = 0, residual_ = 0;
     int64_t activation_bits_ = 16;
     float residual_scale_ = 1.0f;
+    std::string norm_ = "none";  // or "rms", "layer"
+    float norm_eps_ = 0.0f;
 };
 
 // Inputs: x float32 [..., in_features], weight uint8 (payload of packing.h), bias float32 [16 panels] if `bias`,
-// residual float32 [..., y_features] if `residual`. Output: float32 [..., y_features].
+// residual float32 [..., y_features] if `residual`, weight of the norm float32 [in_features] if there is one, its bias
+// likewise if `norm` is "layer". Output: float32 [..., y_features].
 class FullyConnected : public Cloned<FullyConnected, FullyConnectedAttributes> {
 public:
     OPENVINO_OP("FullyConnected", "chatglm", Operation);

@@ -13,13 +13,19 @@ int64_t pieces_per_thread(int64_t rows) {
     return rows <= kFewRows ? 8 : 4;
 }
 
-void run_rows(const FullyConnectedKernel& kernel, const FullyConnectedCall& call, int64_t begin, int64_t rows) {
-    static thread_local Scratch scratch;
+void run_rows(const KernelTable& table, const FullyConnectedCall& call, int64_t begin, int64_t rows) {
+    static thread_local Scratch scratch, normed;
+    const FullyConnectedKernel& kernel = table.fully_connected[static_cast<int>(call.layout.format)];
     uint8_t* prepared = scratch.get<uint8_t>(kernel.prepared_bytes(call.layout, rows, call.activation_bits));
     const int64_t columns = call.layout.in_features;
     const float* x = call.x + begin * columns;
+    float* normal = call.norm.weight == nullptr ? nullptr : normed.get<float>(rows * columns);
     parallel_pieces(rows, kernel.prepare_step, 1, [&](int64_t first, int64_t last) {
-        kernel.prepare(call.layout, rows, call.activation_bits, x, columns, first, last, prepared);
+        for (int64_t i = first; normal != nullptr && i < last; ++i) {
+            call.norm.apply(table.elementwise, x + i * columns, columns, normal + i * columns);
+        }
+        const float* rows_of_x = normal == nullptr ? x : normal;
+        kernel.prepare(call.layout, rows, call.activation_bits, rows_of_x, columns, first, last, prepared);
     });
     FullyConnectedTask task{call.layout, call.weight, rows, call.activation_bits, prepared, call.epilogue,
                             call.y + begin * call.y_features, call.y_features, call.y_features};
@@ -34,9 +40,8 @@ void run_rows(const FullyConnectedKernel& kernel, const FullyConnectedCall& call
 }  // namespace
 
 void run(const KernelTable& table, const FullyConnectedCall& call) {
-    const FullyConnectedKernel& kernel = table.fully_connected[static_cast<int>(call.layout.format)];
     for (int64_t begin = 0; begin < call.rows; begin += kMaxRows) {
-        run_rows(kernel, call, begin, std::min(kMaxRows, call.rows - begin));
+        run_rows(table, call, begin, std::min(kMaxRows, call.rows - begin));
     }
 }
 

@@ -1,7 +1,7 @@
 // A whole fully-connected layer with the kernels of one table, over the threads of the calling arena.
 #pragma once
 
-#include "kernels/table.h"
+#include "ops/row_norm.h"
 
 namespace chatglm {
 
@@ -11,6 +11,7 @@ struct FullyConnectedCall {
     int activation_bits;
     int64_t rows;
     const float* x;  // [rows, in_features]
+    RowNorm norm;    // of x, before it is multiplied
     Epilogue epilogue;
     float* y;  // [rows, y_features]
     int64_t y_features;

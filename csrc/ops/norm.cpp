@@ -1,7 +1,7 @@
 #include "ops/norm.h"
 
-#include "kernels/table.h"
 #include "ops/parallel.h"
+#include "ops/row_norm.h"
 
 namespace chatglm {
 
@@ -23,17 +23,11 @@ bool Norm::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) c
     const auto& kernel = kernels().elementwise;
     const int64_t size = static_cast<int64_t>(inputs[1].get_size());
     const int64_t rows = static_cast<int64_t>(inputs[0].get_size()) / size;
-    const auto *x = inputs[0].data<const float>(), *weight = inputs[1].data<const float>();
-    const float* bias = kind_ == "layer" ? inputs[2].data<const float>() : nullptr;
+    const RowNorm norm{inputs[1].data<const float>(), kind_ == "layer" ? inputs[2].data<const float>() : nullptr, eps_};
+    const auto* x = inputs[0].data<const float>();
     float* y = outputs[0].data<float>();
     parallel_pieces(rows, 4, 2, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            if (bias == nullptr) {
-                kernel.rms_norm(x + i * size, weight, eps_, size, y + i * size);
-            } else {
-                kernel.layer_norm(x + i * size, weight, bias, eps_, size, y + i * size);
-            }
-        }
+        for (int64_t i = begin; i < end; ++i) norm.apply(kernel, x + i * size, size, y + i * size);
     });
     return true;
 }
