@@ -1,7 +1,7 @@
 """Norms made by the operation behind them, in a model that is about to be compiled.
 
-OpenVINO asks an operation for its shapes at every call, which takes some 30 us where reading gigabytes of weights has
-emptied the caches: as long as a small layer. Two operations fewer a block are 1 to 2 % of a token.
+OpenVINO asks an operation for its shapes at every call: two operations fewer a block save up to half a per cent of a
+token on two cores, and a pass over the values of a prompt.
 """
 
 from __future__ import annotations
