@@ -61,6 +61,7 @@ def test_settings_of_the_model_are_told(converted: Path, poems: Path, run: Run) 
         (["--field", "verse"], "verse is missing, expected one of title, author, text"),
         (["--prompt", "{name}"], "name is missing, expected one of title, author, text"),
         (["--window", "4", "--stride", "4"], "window is 4, expected more than"),
+        (["--json", "none/figures.json"], "--json: file is none/figures.json, expected a file in a folder"),
         (["--window", "1000000"], "window is 1000000, expected at most"),
         (["--weight-format", "int4"], "weight_format is 'int4'"),
         (["--reference-format", "int4"], "weight_format is 'int4'"),

@@ -82,6 +82,8 @@ def test_a_tokenizer_that_begins_texts_with_nothing(tmp_path: Path) -> None:
 
     (document,) = Source(written(tmp_path / "a.txt", "abc")).documents(Bare())
     assert document == Document((97,), (98, 99))
+    with pytest.raises(ChatGLMError, match=r"file is of one token a document, expected text"):
+        Source(written(tmp_path / "a.txt", "a")).documents(Bare())
 
 
 @pytest.mark.parametrize(
@@ -209,6 +211,10 @@ def test_beside_itself_and_beside_another_format(golden: Golden, open_either: Op
 def test_what_does_not_fit_a_model(open_compiled: Opener) -> None:
     model = open_compiled(V2.checkpoint)
     documents = [document_of(model, 5)]
+    long, seen = Document(tuple(range(1, 30)), (5, 6)), []
+    with pytest.raises(ChatGLMError, match=r"eval: window is 20, expected more than 34"):
+        evaluate(model, None, Windows([*documents, long], 20, 5), seen.append)
+    assert not seen
     other = replace(model, config=model.config.model_copy(update={"padded_vocab_size": 77}))
     with pytest.raises(ChatGLMError, match=r"eval: reference is a model of \d+ and 77 tokens"):
         evaluate(model, other, Windows(documents, 20, 5), lambda count: None)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatglm_ov.cli.options import WEIGHT_FORMATS, number
+from chatglm_ov.cli.options import WEIGHT_FORMATS, check_output, number
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.presets import PRESETS
 
@@ -103,9 +103,7 @@ def _source(arguments: argparse.Namespace) -> Source:
 def _check_outputs(arguments: argparse.Namespace) -> None:
     """What would fail at the end fails at the beginning."""
     for option in ("json", "picture"):
-        file = getattr(arguments, option)
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise ChatGLMError(f"--{option}", "file", str(file), "a file in a folder that is there")
+        check_output(option, getattr(arguments, option))
     if arguments.picture is not None:
         from chatglm_ov.bench.picture import check
 

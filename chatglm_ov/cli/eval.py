@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatglm_ov.cli.options import WEIGHT_FORMATS, number
+from chatglm_ov.cli.options import WEIGHT_FORMATS, check_output, number
 from chatglm_ov.errors import ChatGLMError
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
 
     source = Source(arguments.data, arguments.field, arguments.prompt, arguments.limit)
     source.check()
+    check_output("json", arguments.json)
     formats = list(dict.fromkeys(arguments.weight_format or weight_formats(arguments.folder)))
     if not formats:
         raise ChatGLMError(arguments.folder, "weight formats", "none", "a converted folder")

@@ -30,6 +30,12 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
     return parse
 
 
+def check_output(option: str, file: Path | None) -> None:
+    """Raises ChatGLMError for a file that could not be written at the end of a long command."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise ChatGLMError(f"--{option}", "file", str(file), "a file in a folder that is there")
+
+
 def prompt_text(text: str) -> str:
     """A type for an argument: text that a tokenizer can take."""
     if not text.strip():

@@ -61,8 +61,8 @@ class Source:
             found.append(_document(self._given(tokenizer, where, fields), ids))
             if len(found) == self.limit:
                 break
-        if not found:
-            raise ChatGLMError(self.path, "file", "empty", "text")
+        if not any(document.ids for document in found):
+            raise ChatGLMError(self.path, "file", "of one token a document" if found else "empty", "text")
         return found
 
     def _given(self, tokenizer: Any, where: str, fields: dict[str, Any]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.evaluation.documents import Document
 from chatglm_ov.evaluation.scores import Scores, log_probabilities
-from chatglm_ov.evaluation.windows import Window, windows
+from chatglm_ov.evaluation.windows import Window, check_room, windows
 from chatglm_ov.models import architecture
 from chatglm_ov.request import Request
 from chatglm_ov.runtime import CompiledModel
@@ -51,6 +51,8 @@ def evaluate(model: CompiledModel, reference: CompiledModel | None, texts: Windo
 
 
 def _check(models: Sequence[CompiledModel], texts: Windows) -> None:
+    for document in texts.documents:
+        check_room(document, texts.length, texts.stride)
     rows = {model.config.vocab_rows for model in models}
     if len(rows) > 1:
         raise ChatGLMError("eval", "reference", f"a model of {max(rows)} and {min(rows)} tokens", "the same vocabulary")
