@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -34,10 +36,11 @@ Files = dict[Path, Sequence[str] | None]
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """A stored tensor; nothing of it is read before `rows` or `read`.
+class Tensor(ABC):
+    """A tensor of a checkpoint; nothing of it is read before `rows` or `read`.
 
-    `dtype` is the stored type: one of READABLE, or the file's own word for a type that cannot be read.
+    `dtype` is the stored type: one of READABLE, or the file's own word for a type that cannot be read; of a quantized
+    weight the format of its elements. nbytes: in the file.
     """
 
     name: str
@@ -45,18 +48,33 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+
+    @abstractmethod
+    def rows(self, rows: Rows) -> np.ndarray:
+        """These rows (first axis), [n, ...], as a new array: float32 for float types, integers as stored."""
+
+    @abstractmethod
+    def read(self) -> np.ndarray:
+        """The whole tensor as a new array: float32 for float types, integers as stored."""
+
+    def check_readable(self) -> None:
+        """ChatGLMError if the stored type is none that can be read."""
+        return
+
+
+@dataclass(frozen=True)
+class FileTensor(Tensor):
+    """A tensor as a file holds it."""
+
     _checkpoint: Checkpoint = field(repr=False, compare=False)
 
     def rows(self, rows: Rows) -> np.ndarray:
-        """These rows (first axis), [n, ...], as a new array: float32 for float types, integers as stored."""
         return self._copy(self._checkpoint._view(self)[rows])
 
     def read(self) -> np.ndarray:
-        """The whole tensor as a new array: float32 for float types, integers as stored."""
         return self._copy(self._checkpoint._view(self))
 
     def check_readable(self) -> None:
-        """ChatGLMError if the stored type is none of READABLE."""
         if self.dtype not in READABLE:
             wanted = f"one of {', '.join(READABLE)}"
             raise ChatGLMError(self.file, f"dtype of {self.name}", self.dtype, wanted)
@@ -98,6 +116,13 @@ class Checkpoint:
         """Give all mapped files back. Arrays that were read stay valid; nothing more can be read."""
         self._open_shards.clear()
         self._closed = True
+
+    def replaced(self, removed: Collection[str], added: Iterable[Tensor]) -> Checkpoint:
+        """The same open files with other tensors in the place of some."""
+        other = copy(self)
+        other._tensors = {name: tensor for name, tensor in self._tensors.items() if name not in removed}
+        other._tensors.update((tensor.name, tensor) for tensor in added)
+        return other
 
     @property
     def names(self) -> list[str]:
@@ -153,7 +178,7 @@ class Checkpoint:
                 seen = f"also in {self._tensors[name].file.name}"
                 raise ChatGLMError(file, name, seen, "a tensor of one file only")
             stored = shard[name]
-            self._tensors[name] = Tensor(name, file, stored.shape, stored.dtype, stored.nbytes, self)
+            self._tensors[name] = FileTensor(name, file, stored.shape, stored.dtype, stored.nbytes, self)
 
     def _shard(self, file: Path) -> dict[str, StoredTensor]:
         """Contents of `file`, kept open; the shard whose last use is longest ago is closed for it."""
@@ -167,7 +192,7 @@ class Checkpoint:
         self._open_shards[file] = shard
         return shard
 
-    def _view(self, tensor: Tensor) -> np.ndarray:
+    def _view(self, tensor: FileTensor) -> np.ndarray:
         tensor.check_readable()
         return self._shard(tensor.file)[tensor.name].view()
 

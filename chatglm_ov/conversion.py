@@ -14,15 +14,18 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import psutil
 from tqdm import tqdm
 
@@ -35,11 +38,15 @@ from chatglm_ov.native import native, unavailable
 from chatglm_ov.sizes import size
 from chatglm_ov.tokenizer import save_tokenizer_files
 from chatglm_ov.weight_files import FLOATS
+from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
 from chatglm_ov.weights.file import WeightsFile
-from chatglm_ov.weights.formats import FORMATS, stored_format
+from chatglm_ov.weights.formats import FORMATS
 from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, write_ir
 from chatglm_ov.weights.packing import layout_of
-from chatglm_ov.weights.store import BLOCK_BYTES, Progress, WeightStore
+from chatglm_ov.weights.store import BLOCK_BYTES, Progress, WeightStore, stored_as
+
+if TYPE_CHECKING:
+    from chatglm_ov.calibration.text import Calibration
 
 OPS = ("fused", "stock")
 
@@ -77,6 +84,8 @@ def convert(
     weight_formats: Sequence[str] = ("bf16", "int8"),
     ops: str = "fused",
     *,
+    choices: FormatChoices = DEFAULT_CHOICES,
+    calibration: Calibration | None = None,
     rope_ratio_meaning: RopeRatioMeaning | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -84,8 +93,10 @@ def convert(
     """Convert `checkpoint`, a folder as the model's authors publish it, to the folder `output`.
 
     weight_formats: any of f32, bf16, int8 (a scale per output channel), int4 (a scale and a zero point per 128
-    columns; embedding and LM head int8). ops: `stock` builds the graph from OpenVINO's own operations; `fused` from
-    those of the native library, and is `stock`, with a warning, where that cannot be used.
+    columns; embedding and LM head int8). choices: other formats for some weights, other groups for int4.
+    calibration: how int4 weights are chosen; None: each is rounded to the nearest. ops: `stock` builds the graph from
+    OpenVINO's own operations; `fused` from those of the native library, and is `stock`, with a warning, where that
+    cannot be used.
     rope_ratio_meaning: `position` or `base`, where the checkpoint's config.json does not tell (see
     `ChatGLM2Config`). overwrite: replace a non-empty `output`. Returns `output`.
 
@@ -96,17 +107,64 @@ def convert(
     fields = _config_fields(source, rope_ratio_meaning)
     config = parse_config(fields, source / "config.json")
     _check_arguments(source, target, weight_formats, ops, overwrite)
+    if calibration is not None and "int4" not in weight_formats:
+        raise ChatGLMError("convert", "calibration", calibration.label, "int4 among the weight formats")
     ops = available_ops(ops)
     with Checkpoint.open(source) as weights:
         _verify(config, weights)
-        plan = make_plan(config, weights, weight_formats, ops)
+        plan = make_plan(config, weights, weight_formats, ops, choices, calibration)
         log.info("%s", plan)
         _check_disk(plan, target)
-        with _finished_or_nothing(target.resolve(), overwrite) as partial, _progress_bar(plan, progress) as report:
+        sequences = _sequences(source, config, calibration)
+        with (
+            _finished_or_nothing(target.resolve(), overwrite) as partial,
+            _int4_source(config, weights, choices, calibration, sequences, partial, progress) as for_int4,
+            _progress_bar(plan, progress) as report,
+        ):
             _write_side_files(source, partial, fields, config, ops)
-            for weight_format in plan.weight_formats:
-                _write_model(config, weights, partial / weight_format, weight_format, ops, report)
+            for name in plan.weight_formats:
+                used, described = weights, dict[str, str]()
+                if name == "int4" and calibration is not None:
+                    used, described = for_int4, {"calibration": calibration.label}
+                _write_model(config, used, partial / name, name, ops, report, choices, described)
     return target
+
+
+def _sequences(source: Path, config: ArchitectureConfig, calibration: Calibration | None) -> list[np.ndarray]:
+    if calibration is None:
+        return []
+    from chatglm_ov.tokenizer import load_tokenizer
+
+    return calibration.sequences(load_tokenizer(source), config)
+
+
+@contextmanager
+def _int4_source(
+    config: ArchitectureConfig,
+    weights: Checkpoint,
+    choices: FormatChoices,
+    calibration: Calibration | None,
+    sequences: list[np.ndarray],
+    folder: Path,
+    progress: bool,
+) -> Iterator[Checkpoint]:
+    """The weights with int4 ones that are chosen by the calibration and kept in `folder` for so long."""
+    if calibration is None:
+        yield weights
+        return
+    from chatglm_ov.calibration.needs import int4_weights
+    from chatglm_ov.calibration.run import calibrate
+
+    formats = int4_weights(config, choices)
+    with TemporaryDirectory(dir=folder) as kept:
+        with tqdm(total=len(formats), unit="weight", disable=not progress, desc=calibration.label) as bar:
+
+            def report(name: str) -> None:
+                bar.set_postfix_str(name, refresh=False)
+                bar.update()
+
+            chosen = calibrate(config, weights, formats, sequences, calibration.methods, Path(kept), report)
+        yield chosen
 
 
 def available_ops(ops: str) -> str:
@@ -133,26 +191,48 @@ def plan_conversion(
         return make_plan(config, weights, weight_formats, available_ops(ops))
 
 
-def make_plan(config: ArchitectureConfig, weights: Checkpoint, weight_formats: Sequence[str], ops: str) -> Plan:
-    """Sizes follow from the shapes; memory is the interpreter with its libraries and a few blocks of rows."""
+def make_plan(
+    config: ArchitectureConfig,
+    weights: Checkpoint,
+    weight_formats: Sequence[str],
+    ops: str,
+    choices: FormatChoices = DEFAULT_CHOICES,
+    calibration: Calibration | None = None,
+) -> Plan:
+    """Sizes follow from the shapes; memory is the interpreter with its libraries and a few blocks of rows, or what a
+    calibration needs."""
     shapes = architecture(config).weight_shapes(config)
     formats = tuple(dict.fromkeys(weight_formats))
     read = sum(weights.nbytes(name) for name in shapes) * len(formats)
-    disk = sum(_stored_bytes(config, name, ops) for name in formats)
+    disk = sum(_stored_bytes(config, weights, name, ops, choices) for name in formats)
     largest = max(4 * prod(shape) for shape in shapes.values())
-    return Plan(config, formats, read, disk, LIBRARIES_BYTES + BLOCKS_IN_MEMORY * min(largest, BLOCK_BYTES))
+    memory = BLOCKS_IN_MEMORY * min(largest, BLOCK_BYTES)
+    if calibration is not None:
+        from chatglm_ov.calibration.needs import disk_bytes, memory_bytes
+
+        disk += disk_bytes(config, choices)
+        memory = max(memory, memory_bytes(config, choices, calibration.tokens))
+    return Plan(config, formats, read, disk, LIBRARIES_BYTES + memory)
 
 
-def _stored_bytes(config: ArchitectureConfig, weight_format: str, ops: str) -> int:
+def _stored_bytes(
+    config: ArchitectureConfig, weights: Checkpoint, weight_format: str, ops: str, choices: FormatChoices
+) -> int:
     module = architecture(config)
     shapes = module.weight_shapes(config)
+    tied = module.LM_HEAD not in shapes
     total = 0
     for name, shape in shapes.items():
         if len(shape) == 1:
             total += 4 * shape[0]
             continue
-        fmt = stored_format(weight_format, shape[1], table=name in (module.EMBEDDING, module.LM_HEAD))
-        row_by_row = ops == "stock" or (name == module.EMBEDDING and module.LM_HEAD in shapes)
+        if name == module.LM_HEAD or (tied and name == module.EMBEDDING):
+            fmt = choices.lm_head(weight_format, shape[1])
+        elif name == module.EMBEDDING:
+            fmt = choices.embedding(weight_format)
+        else:
+            fmt = stored_as(weights[name], choices.linear(weight_format, name, shape[1]))
+        row_by_row = ops == "stock" or (name == module.EMBEDDING and not tied)
         total += fmt.nbytes(shape) if row_by_row else layout_of(fmt, *shape).bytes
     return total
 
@@ -271,15 +351,18 @@ def _write_model(
     weight_format: str,
     ops: str,
     report: Progress,
+    choices: FormatChoices = DEFAULT_CHOICES,
+    described: Mapping[str, str | int] = MappingProxyType({}),
 ) -> None:
+    """described: what the IR tells about itself beside what it always does."""
     folder.mkdir()
     with WeightsFile(folder / Path(IR_NAME).with_suffix(".bin")) as file:
-        store = WeightStore(weights, file, weight_format, report)
+        store = WeightStore(weights, file, weight_format, report, choices)
         model = architecture(config).build(config, _lowering(ops, store))
-        described = {"format_version": FORMAT_VERSION, "weight_format": weight_format, "ops": ops}
+        info = {"format_version": FORMAT_VERSION, "weight_format": weight_format, "ops": ops, **described}
         if ops == "fused":
-            described["packing_version"] = native().PACKING_VERSION
-        for name, value in described.items():
+            info["packing_version"] = native().PACKING_VERSION
+        for name, value in info.items():
             model.set_rt_info(value, [RT_INFO, name])
         write_ir(model, file, folder / IR_NAME)
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from stored_formats import stored_format
 
-from chatglm_ov.weights.formats import FORMATS, LARGEST_INT4, SMALLEST_SCALE, group_size, pack_u4, stored_format
+from chatglm_ov.weights.formats import FORMATS, LARGEST_INT4, SMALLEST_SCALE, pack_u4
 
 UNIT = 2.0**-24
 """Unit roundoff of float32."""
@@ -172,7 +173,7 @@ def test_pack_u4_keeps_order(values):
     ("columns", "group"), [(4096, 128), (13696, 128), (16384, 128), (128, 128), (344, 8), (96, 32), (64, 64), (7, 1)]
 )
 def test_group_size_divides_the_columns(columns, group):
-    assert group_size(columns) == group
+    assert FORMATS["int4"].group_size(columns) == group
 
 
 def test_released_sizes():

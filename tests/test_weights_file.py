@@ -15,6 +15,7 @@ from golden_cases import V1, V2, each_small
 from golden_sets import Golden
 from hypothesis import given
 from hypothesis import strategies as st
+from stored_formats import stored_format
 
 from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.config import load_config
@@ -23,7 +24,7 @@ from chatglm_ov.models import architecture
 from chatglm_ov.models.chatglm2 import EMBEDDING, LM_HEAD, qkv_rows
 from chatglm_ov.weights import paged_file
 from chatglm_ov.weights.file import ALIGNMENT, WeightsFile
-from chatglm_ov.weights.formats import FORMATS, stored_format
+from chatglm_ov.weights.formats import FORMATS
 from chatglm_ov.weights.ir import write_ir
 from chatglm_ov.weights.paged_file import PAGE_BYTES
 from chatglm_ov.weights.store import WeightStore

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from chatglm_ov.checkpoint import Checkpoint, Tensor
+from chatglm_ov.checkpoint import Checkpoint, FileTensor
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.random_weights import RandomTensor, stored_tensors
 
@@ -31,7 +31,7 @@ class RandomWeights(Checkpoint):
         super().__init__(Path("random weights"), {})
         self._random = {tensor.name: tensor for tensor in stored_tensors(fields)}
         for name, tensor in self._random.items():
-            self._tensors[name] = Tensor(name, self.folder, tensor.shape, tensor.dtype.name, tensor.nbytes, self)
+            self._tensors[name] = FileTensor(name, self.folder, tensor.shape, tensor.dtype.name, tensor.nbytes, self)
         self._seed = seed
         self._pools: dict[tuple[float, float], np.ndarray] = {}
 
@@ -44,7 +44,7 @@ class RandomWeights(Checkpoint):
     def _normal(self) -> np.ndarray:
         return np.random.default_rng(self._seed).standard_normal(POOL, np.float32)
 
-    def _view(self, tensor: Tensor) -> np.ndarray:
+    def _view(self, tensor: FileTensor) -> np.ndarray:
         random = self._random[tensor.name]
         if random.values is not None:
             return random.values

@@ -8,9 +8,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from chatglm_ov.cli.options import WEIGHT_FORMATS
+from chatglm_ov.cli.options import WEIGHT_FORMATS, number
+from chatglm_ov.errors import ChatGLMError
+
+if TYPE_CHECKING:
+    from chatglm_ov.calibration.text import Calibration
+    from chatglm_ov.weights.choices import FormatChoices
 
 SUMMARY = "convert a checkpoint folder for OpenVINO"
 DEFAULT_FORMATS = ("bf16", "int8")
@@ -28,6 +33,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"any of {', '.join(WEIGHT_FORMATS)} (default: {' '.join(DEFAULT_FORMATS)})",
     )
     parser.add_argument("--ops", choices=("fused", "stock"), default="fused", help="default: fused, where it is built")
+    parser.add_argument(
+        "--group-size", type=int, choices=(128, 64, 32), default=128, help="columns that share a scale in int4"
+    )
+    parser.add_argument(
+        "--lm-head-format", choices=WEIGHT_FORMATS, help="default: as --weight-format, int8 in an int4 model"
+    )
+    parser.add_argument("--embedding-format", choices=WEIGHT_FORMATS[:3], help="default: likewise")
+    parser.add_argument(
+        "--layer-formats", type=Path, metavar="FILE", help="JSON object of formats by patterns of weight names"
+    )
+    parser.add_argument("--awq", action="store_true", help="int4: scale columns by their activations, clip ranges")
+    parser.add_argument("--gptq", action="store_true", help="int4: clip ranges, compensate rounding errors")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help=".txt or .jsonl, or either with .xz, for --awq and --gptq, both if neither is given (default: poems)",
+    )
+    parser.add_argument("--calibration-field", metavar="NAME", help="of a .jsonl object: its text (default: text)")
+    parser.add_argument(
+        "--calibration-prompt", metavar="TEXT", help="asked before each object, as `eval --prompt` does it"
+    )
+    parser.add_argument("--calibration-tokens", type=number(int, 1), metavar="N", help="default: 16384")
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder that is not empty")
     parser.add_argument(
         "--rope-ratio-meaning",
@@ -42,9 +70,40 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.output,
         arguments.weight_format or DEFAULT_FORMATS,
         ops=arguments.ops,
+        choices=_choices(arguments),
+        calibration=_calibration(arguments),
         rope_ratio_meaning=arguments.rope_ratio_meaning,
         overwrite=arguments.overwrite,
     )
+
+
+def _choices(arguments: argparse.Namespace) -> FormatChoices:
+    from chatglm_ov.weights.choices import FormatChoices, read_layer_formats
+
+    layers = {} if arguments.layer_formats is None else read_layer_formats(arguments.layer_formats)
+    return FormatChoices(arguments.group_size, arguments.lm_head_format, arguments.embedding_format, layers)
+
+
+def _calibration(arguments: argparse.Namespace) -> Calibration | None:
+    """None where no option asks for one."""
+    methods = tuple(name for name in ("awq", "gptq") if getattr(arguments, name))
+    given = {name: getattr(arguments, f"calibration_{name}") for name in ("field", "prompt", "tokens")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not methods and arguments.calibration is None:
+        for name in given:
+            raise ChatGLMError(f"--calibration-{name}", "value", repr(given[name]), "--calibration, --awq or --gptq")
+        return None
+    from chatglm_ov.calibration.text import METHODS, Calibration
+    from chatglm_ov.evaluation.documents import Source
+
+    options: dict[str, Any] = {"methods": methods or METHODS}
+    if "tokens" in given:
+        options["tokens"] = given.pop("tokens")
+    if arguments.calibration is not None:
+        options["source"] = Source(arguments.calibration, **given)
+    elif given:
+        raise ChatGLMError(f"--calibration-{next(iter(given))}", "value", "given", "--calibration FILE with it")
+    return Calibration(**options)
 
 
 def convert_with_report(

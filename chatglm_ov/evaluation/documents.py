@@ -11,6 +11,7 @@ import lzma
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +52,20 @@ class Source:
 
     def documents(self, tokenizer: Any) -> list[Document]:
         """Raises ChatGLMError for what is no text, and if there is nothing to predict."""
+        found = list(self.read(tokenizer))
+        if not any(document.ids for document in found):
+            raise ChatGLMError(self.path, "file", "of one token a document" if found else "empty", "text")
+        return found
+
+    def read(self, tokenizer: Any) -> Iterator[Document]:
+        """One document after the other. Raises ChatGLMError for what is no text."""
         self.check()
-        found = []
-        for where, fields in self._objects():
+        for where, fields in islice(self._objects(), self.limit):
             text = _text(where, self.field, fields)
             ids = tuple(tokenizer.encode(text, add_special_tokens=False))
             if not ids:
                 raise ChatGLMError(where, self.field, "empty", "text")
-            found.append(_document(self._given(tokenizer, where, fields), ids))
-            if len(found) == self.limit:
-                break
-        if not any(document.ids for document in found):
-            raise ChatGLMError(self.path, "file", "of one token a document" if found else "empty", "text")
-        return found
+            yield _document(self._given(tokenizer, where, fields), ids)
 
     def _given(self, tokenizer: Any, where: str, fields: dict[str, Any]) -> tuple[int, ...]:
         if self.prompt is None:

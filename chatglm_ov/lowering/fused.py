@@ -20,6 +20,7 @@ from chatglm_ov.lowering import Activation, AttentionShape, Rotary
 from chatglm_ov.lowering.graph import GraphLowering, i64, scalar
 from chatglm_ov.lowering.operations import operation
 from chatglm_ov.weights.packing import PADDING, PackedWeight, filled, gate_up_rows
+from chatglm_ov.weights.store import WeightStore
 
 BEAM_TABLE = "beam_table"
 CACHE = "past_key_values."
@@ -30,6 +31,10 @@ class FusedLowering(GraphLowering):
     """Builds one model; see `chatglm_ov.lowering.Lowering` for the words."""
 
     name = "fused"
+
+    def __init__(self, weights: WeightStore):
+        super().__init__(weights)
+        self._payloads = weights
 
     def inputs(self, *, position_rows: int = 1, prefix: bool = False) -> None:
         super().inputs(position_rows=position_rows, prefix=prefix)
@@ -52,8 +57,8 @@ class FusedLowering(GraphLowering):
     def embedding(self, name: str, *, tied: bool = False) -> ov.Node:
         # A row is scattered over the payload, so what is only looked up lies row by row.
         if not tied:
-            return self._gathered_embedding(name)
-        table = self.weights.packed_table(name)
+            return self._gathered_embedding(self.weights.embedding(name))
+        table = self._payloads.packed_lm_head(name)
         return operation("Embedding", [self._ids, table.payload], **_layout(table))
 
     def rms_norm(self, x: ov.Node, name: str, eps: float) -> ov.Node:
@@ -79,7 +84,7 @@ class FusedLowering(GraphLowering):
             y_features //= 2
             order = gate_up_rows(y_features)
             rows = order if rows is None else np.where(order == PADDING, PADDING, rows[order])
-        weight = self.weights.packed_linear(name, rows)
+        weight = self._payloads.packed_linear(name, rows)
         optional = []
         if bias:
             order = np.arange(y_features) if rows is None else rows
@@ -118,7 +123,7 @@ class FusedLowering(GraphLowering):
         return self._angles[id(rotary)]
 
     def lm_head(self, x: ov.Node, name: str) -> ov.Node:
-        table = self.weights.packed_table(name)
+        table = self._payloads.packed_lm_head(name)
         return _fully_connected([self._kept(x), table.payload], table, table.out_features)
 
 

@@ -5,15 +5,15 @@ Letters in shapes as in `chatglm_ov.lowering`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import openvino as ov
 import openvino.opset15 as ops
 from openvino.op.util import Variable, VariableInfo
 
+from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.lowering import Rotary
-from chatglm_ov.weights.store import WeightStore
 
 
 def i64(*values: int) -> ov.Node:
@@ -25,10 +25,24 @@ def scalar(value: int) -> ov.Node:
     return ops.constant(np.int64(value))
 
 
+class WeightParts(Protocol):
+    """What a lowering to OpenVINO's own operations asks of `chatglm_ov.weights.store.WeightStore`."""
+
+    checkpoint: Checkpoint
+
+    def linear(self, name: str, rows: np.ndarray | None = None) -> dict[str, ov.Node]: ...
+
+    def embedding(self, name: str) -> dict[str, ov.Node]: ...
+
+    def lm_head(self, name: str) -> dict[str, ov.Node]: ...
+
+    def vector(self, name: str, rows: np.ndarray | None = None) -> ov.Node: ...
+
+
 class GraphLowering:
     """A model under construction: its inputs, its state, and the words that need no operation of ours."""
 
-    def __init__(self, weights: WeightStore):
+    def __init__(self, weights: WeightParts):
         self.weights = weights
         self._parameters: list[ov.Node] = []
         self._sinks: list[ov.Node] = []
@@ -36,22 +50,21 @@ class GraphLowering:
 
     def inputs(self, *, position_rows: int = 1, prefix: bool = False) -> None:
         position_shape = [-1, -1] if position_rows == 1 else [-1, position_rows, -1]
-        self.input_ids = self._input("input_ids", [-1, -1], np.int64)
-        self.attention_mask = self._input("attention_mask", [-1, -1], np.int64)
-        self.position_ids = self._input("position_ids", position_shape, np.int64)
-        self.beam_idx = self._input("beam_idx", [-1], np.int32)
-        self.logits_to_keep = self._input("logits_to_keep", [1], np.int64)
-        self.prefix_length = self._input("prefix_length", [-1], np.int64) if prefix else None
+        self.input_ids = self.input("input_ids", [-1, -1], np.int64)
+        self.attention_mask = self.input("attention_mask", [-1, -1], np.int64)
+        self.position_ids = self.input("position_ids", position_shape, np.int64)
+        self.beam_idx = self.input("beam_idx", [-1], np.int32)
+        self.logits_to_keep = self.input("logits_to_keep", [1], np.int64)
+        self.prefix_length = self.input("prefix_length", [-1], np.int64) if prefix else None
 
-    def _input(self, name: str, shape: list[int], element_type: Any) -> ov.Node:
+    def input(self, name: str, shape: list[int], element_type: Any) -> ov.Node:
         node = ops.parameter(shape, element_type, name=name)
         node.output(0).get_tensor().set_names({name})
         self._parameters.append(node)
         return node
 
-    def _gathered_embedding(self, name: str) -> ov.Node:
+    def _gathered_embedding(self, parts: dict[str, ov.Node]) -> ov.Node:
         """Rows are gathered before they are decompressed, so that the table is never expanded."""
-        parts = self.weights.table(name)
         rows = ops.gather(parts["weight"], self.input_ids, scalar(0))
         if parts["weight"].get_element_type() != ov.Type.f32:
             rows = ops.convert(rows, "f32")

@@ -64,7 +64,7 @@ class StockLowering(GraphLowering):
         return value if len(weight.get_output_shape(0)) == len(shape) else ops.reshape(value, i64(*shape), False)
 
     def embedding(self, name: str, *, tied: bool = False) -> ov.Node:
-        return self._gathered_embedding(name)
+        return self._gathered_embedding(self.weights.lm_head(name) if tied else self.weights.embedding(name))
 
     def rms_norm(self, x: ov.Node, name: str, eps: float) -> ov.Node:
         mean_square = ops.reduce_mean(ops.power(x, np.float32(2)), i64(-1), keep_dims=True)
@@ -168,4 +168,4 @@ class StockLowering(GraphLowering):
 
     def lm_head(self, x: ov.Node, name: str) -> ov.Node:
         shape = list(self.weights.checkpoint.shape(name))
-        return ops.matmul(self._kept(x), self._dequantized(name, self.weights.table(name), shape), False, True)
+        return ops.matmul(self._kept(x), self._dequantized(name, self.weights.lm_head(name), shape), False, True)

@@ -5,6 +5,7 @@ Each module has
 - `weight_shapes(config) -> dict[str, tuple[int, ...]]`: every stored tensor, by its name in the checkpoint;
 - `is_ignored(config, name) -> bool`: stored tensors that the model does not read;
 - `build(config, lowering) -> openvino.Model`: the graph, in the words of `chatglm_ov.lowering`;
+- `input_folds(config) -> dict[str, Fold]`: the linear weights whose inputs another weight can scale;
 - `position_ids(config, input_ids, attention_mask)` and `prefix_length(config, input_ids, attention_mask)`:
   the position rules of the original's `prepare_inputs_for_generation`, in numpy.
 """

@@ -15,7 +15,8 @@ import numpy as np
 from chatglm_ov.config import ChatGLMConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.lowering import AttentionShape, Lowering, Rotary
-from chatglm_ov.models.rows import per_head_qkv, two_halves_to_one
+from chatglm_ov.models.folds import Fold
+from chatglm_ov.models.rows import per_head_qkv, per_head_values, two_halves_to_one
 
 EMBEDDING = "transformer.word_embeddings.weight"
 FINAL_NORM = "transformer.final_layernorm"
@@ -90,6 +91,16 @@ def _block(
     return g.fully_connected(
         inner, f"{prefix}.mlp.dense_4h_to_h.weight", bias=True, residual=w, residual_scale=RESIDUAL_SCALE
     )
+
+
+def input_folds(config: ChatGLMConfig) -> dict[str, Fold]:
+    """Only the values of attention: what a norm makes is the residual too, and GELU is not linear."""
+    values = per_head_values(config.num_attention_heads, config.head_dim)
+    folds = {}
+    for i in range(config.num_layers):
+        qkv = f"{LAYER}.{i}.attention.query_key_value"
+        folds[f"{LAYER}.{i}.attention.dense.weight"] = Fold((f"{qkv}.weight", f"{qkv}.bias"), values)
+    return folds
 
 
 def key_order(config: ChatGLMConfig) -> np.ndarray:

@@ -12,7 +12,8 @@ import numpy as np
 
 from chatglm_ov.config import ChatGLM2Config
 from chatglm_ov.lowering import AttentionShape, Lowering, Rotary
-from chatglm_ov.models.rows import interleaved_to_half, per_head_qkv, planar_qkv
+from chatglm_ov.models.folds import Fold
+from chatglm_ov.models.rows import interleaved_to_half, per_head_qkv, per_head_values, planar_qkv, planar_values
 
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
 FINAL_NORM = "transformer.encoder.final_layernorm.weight"
@@ -93,6 +94,24 @@ def _block(
     w = g.rms_norm(y, f"{prefix}.post_attention_layernorm.weight", eps)
     gated = g.fully_connected(w, f"{prefix}.mlp.dense_h_to_4h.weight", activation="silu_gate")
     return g.fully_connected(gated, f"{prefix}.mlp.dense_4h_to_h.weight", residual=y)
+
+
+def input_folds(config: ChatGLM2Config) -> dict[str, Fold]:
+    """Every input of a linear layer is made by weights that nothing else reads: a norm, the values of attention (each
+    by the query heads of its group), the half of the MLP that is multiplied with the gate."""
+    heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.kv_channels
+    values = planar_values(heads, groups, dim) if config.multi_query_attention else per_head_values(heads, dim)
+    up = config.ffn_hidden_size + np.arange(config.ffn_hidden_size)
+    folds = {}
+    for i in range(config.num_layers):
+        layer = f"{LAYER}.{i}"
+        qkv, gate_up = f"{layer}.self_attention.query_key_value", f"{layer}.mlp.dense_h_to_4h.weight"
+        qkv_bias = (f"{qkv}.bias",) if config.add_qkv_bias else ()
+        folds[f"{qkv}.weight"] = Fold((f"{layer}.input_layernorm.weight",))
+        folds[f"{layer}.self_attention.dense.weight"] = Fold((f"{qkv}.weight", *qkv_bias), values)
+        folds[gate_up] = Fold((f"{layer}.post_attention_layernorm.weight",))
+        folds[f"{layer}.mlp.dense_4h_to_h.weight"] = Fold((gate_up,), up)
+    return folds
 
 
 def key_order(config: ChatGLM2Config) -> np.ndarray:

@@ -40,3 +40,16 @@ def per_head_qkv(num_heads: int, head_order: np.ndarray) -> np.ndarray:
     key = starts + head_dim + head_order
     value = starts + 2 * head_dim + np.arange(head_dim)
     return np.concatenate([query.ravel(), key.ravel(), value.ravel()])
+
+
+def planar_values(num_heads: int, num_groups: int, head_dim: int) -> np.ndarray:
+    """Row of a [q heads | k groups | v groups] weight that makes each column of attention's output, [heads D]."""
+    group = np.arange(num_heads) // (num_heads // num_groups)
+    starts = (num_heads + num_groups + group)[:, None] * head_dim
+    return (starts + np.arange(head_dim)).ravel()
+
+
+def per_head_values(num_heads: int, head_dim: int) -> np.ndarray:
+    """The same for a weight stored per head as (q, k, v)."""
+    starts = (3 * np.arange(num_heads) + 2)[:, None] * head_dim
+    return (starts + np.arange(head_dim)).ravel()

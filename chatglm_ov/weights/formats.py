@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from math import gcd
 
 import ml_dtypes
 import numpy as np
 
+GROUP_SIZES = (32, 64, 128)
+"""Columns that can share a scale and a zero point in int4: smaller groups would save little over int8."""
 GROUP_SIZE = 128
-"""Columns that share a scale and a zero point in int4."""
-SMALLEST_GROUP = 32
-"""Smaller groups would save little over int8, and the kernels take none."""
 
 SMALLEST_SCALE = np.finfo(np.float32).tiny
 """A smaller scale of int8 is subnormal and has lost digits: what it would cover is stored as zeros."""
@@ -49,15 +49,36 @@ class Part:
 @dataclass(frozen=True)
 class WeightFormat:
     """parts(K) lists the stored arrays; encode(block) turns float32 [n, K] into the elements [n, *shape] of each of
-    them, 4-bit ones as uint8. No weight may be larger than `largest`."""
+    them, 4-bit ones as uint8. No weight may be larger than `largest`. widest_group: see `group_size`; 0 without
+    groups."""
 
     name: str
     parts: Callable[[int], tuple[Part, ...]]
     encode: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     largest: float = float("inf")
+    widest_group: int = 0
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         return sum(part.nbytes(shape[0]) for part in self.parts(shape[1]))
+
+    def group_size(self, columns: int) -> int:
+        """Columns that share a scale: `widest_group` where it divides the columns, else the largest power of two that
+        does. 0 without groups."""
+        return gcd(columns, self.widest_group) if self.widest_group else 0
+
+    def fits(self, columns: int) -> bool:
+        """Whether a weight of so many columns can be stored."""
+        return not self.widest_group or self.group_size(columns) in GROUP_SIZES
+
+    def decode(self, parts: tuple[np.ndarray, ...]) -> np.ndarray:
+        """float32 [n, K] of what `encode` makes: (data - zero_point) * scale."""
+        named = dict(zip((part.name for part in self.parts(1)), parts, strict=True))
+        values = named["weight"].astype(np.float32)
+        if "zero_point" in named:
+            values -= named["zero_point"]
+        if "scale" in named:
+            values *= named["scale"]
+        return values.reshape(len(values), -1)
 
 
 def _f32_parts(columns: int) -> tuple[Part, ...]:
@@ -79,13 +100,8 @@ def _encode_int8(block: np.ndarray) -> tuple[np.ndarray, ...]:
     return np.rint(block / scale).astype(np.int8), scale
 
 
-def group_size(columns: int) -> int:
-    """128 where it divides the columns, else the largest power of two that does: 32, 64 or 128 in int4."""
-    return gcd(columns, GROUP_SIZE)
-
-
-def _int4_parts(columns: int) -> tuple[Part, ...]:
-    group = group_size(columns)
+def _int4_parts(widest_group: int, columns: int) -> tuple[Part, ...]:
+    group = gcd(columns, widest_group)
     groups = columns // group
     return (
         Part("weight", "u4", (groups, group), 4),
@@ -94,9 +110,9 @@ def _int4_parts(columns: int) -> tuple[Part, ...]:
     )
 
 
-def _encode_int4(block: np.ndarray) -> tuple[np.ndarray, ...]:
+def _encode_int4(widest_group: int, block: np.ndarray) -> tuple[np.ndarray, ...]:
     """Asymmetric: a group's range, stretched to hold 0, is cut into 15 steps of a float16 size."""
-    groups = block.reshape(block.shape[0], -1, group_size(block.shape[1]))
+    groups = block.reshape(block.shape[0], -1, gcd(block.shape[1], widest_group))
     low = np.minimum(groups.min(axis=2, keepdims=True), 0)
     high = np.maximum(groups.max(axis=2, keepdims=True), 0)
     scale = _float16_from((high - low) / np.float32(15))
@@ -122,18 +138,21 @@ def pack_u4(values: np.ndarray) -> np.ndarray:
     return flat[0::2] | (flat[1::2] << 4)
 
 
+def unpack_u4(packed: np.ndarray) -> np.ndarray:
+    """What `pack_u4` packed, uint8; one more than that where the last one stood alone."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).ravel()
+
+
+@cache
+def int4_format(widest_group: int) -> WeightFormat:
+    """int4 in groups of up to so many columns, one of GROUP_SIZES."""
+    parts, encode = partial(_int4_parts, widest_group), partial(_encode_int4, widest_group)
+    return WeightFormat("int4", parts, encode, LARGEST_INT4, widest_group)
+
+
 FORMATS = {
     "f32": WeightFormat("f32", _f32_parts, lambda block: (block,)),
     "bf16": WeightFormat("bf16", _bf16_parts, lambda block: (block.astype(ml_dtypes.bfloat16),)),
     "int8": WeightFormat("int8", _int8_parts, _encode_int8),
-    "int4": WeightFormat("int4", _int4_parts, _encode_int4, LARGEST_INT4),
+    "int4": int4_format(GROUP_SIZE),
 }
-
-
-def stored_format(name: str, columns: int, table: bool = False) -> WeightFormat:
-    """The format that a weight [N, columns] has in a model of the format `name`. What int4 does not suit is int8:
-    tables (embedding and LM head), where 4 bits cost more accuracy than they save memory, and columns that 32 does
-    not divide."""
-    if name == "int4" and (table or group_size(columns) < SMALLEST_GROUP):
-        return FORMATS["int8"]
-    return FORMATS[name]

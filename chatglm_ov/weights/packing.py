@@ -13,7 +13,7 @@ import numpy as np
 import openvino as ov
 
 from chatglm_ov.native import native
-from chatglm_ov.weights.formats import WeightFormat, group_size
+from chatglm_ov.weights.formats import WeightFormat
 
 PANEL = 16
 """Output features that are laid side by side."""
@@ -49,21 +49,20 @@ def filled(rows: np.ndarray) -> np.ndarray:
 
 def layout_of(fmt: WeightFormat, out_features: int, in_features: int) -> Any:
     """The library's PackedLayout of a weight."""
-    groups = group_size(in_features) if fmt.name == "int4" else 0
-    return native().PackedLayout(fmt.name, out_features, in_features, groups)
+    return native().PackedLayout(fmt.name, out_features, in_features, fmt.group_size(in_features))
 
 
 def packed_block(
-    fmt: WeightFormat, layout: Any, start: int, block: np.ndarray, padding: np.ndarray
+    fmt: WeightFormat, layout: Any, start: int, elements: tuple[np.ndarray, ...], padding: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Pieces of the payload that rows start, start + 1, ... fill, each with its place in bytes.
 
-    start: a multiple of 16. block: float32 [n, in_features]; n a multiple of 16 but in the last block. padding: bool
-    [n], rows that are none: their weights are zero, and so are their scales.
+    start: a multiple of 16. elements: of n rows, as the format's `encode` gives them; n a multiple of 16 but in the
+    last block. padding: bool [n], rows that are none: their weights are zero, and so are their scales.
     """
-    parts = dict(zip((part.name for part in fmt.parts(layout.in_features)), fmt.encode(block), strict=True))
-    panel, panels = start // PANEL, -(-len(block) // PANEL)
-    codes = np.ascontiguousarray(parts["weight"]).reshape(len(block), -1)
+    parts = dict(zip((part.name for part in fmt.parts(layout.in_features)), elements, strict=True))
+    panel, panels = start // PANEL, -(-len(padding) // PANEL)
+    codes = np.ascontiguousarray(parts["weight"]).reshape(len(padding), -1)
     packed = np.empty(panels * layout.panel_bytes, np.uint8)
     layout.pack(codes.view(np.uint16) if fmt.name == "bf16" else codes, packed)
     yield panel * layout.panel_bytes, packed

@@ -1,0 +1,171 @@
+"""A calibration from one end to the other: the model is run on the text once, and every int4 weight is chosen when its
+input is there.
+
+What was chosen is kept in files, a weight each, and read by the conversion as if the checkpoint had it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from torch import Tensor as Values
+
+from chatglm_ov.calibration.eager import EagerLowering
+from chatglm_ov.calibration.moments import InputMoments
+from chatglm_ov.calibration.rounding import Compensation, Grid, clipped, grouped
+from chatglm_ov.calibration.scaling import column_scales
+from chatglm_ov.checkpoint import Checkpoint, Rows, Tensor
+from chatglm_ov.config import ArchitectureConfig
+from chatglm_ov.models import architecture
+from chatglm_ov.models.folds import Fold
+from chatglm_ov.weight_files import open_weight_file
+from chatglm_ov.weights.formats import WeightFormat, pack_u4, unpack_u4
+from chatglm_ov.weights.quantized import Parts, QuantizedTensor
+from chatglm_ov.weights.store import checked
+
+BLOCK_ELEMENTS = 1 << 24
+"""Weights that are rounded at once."""
+
+Report = Callable[[str], None]
+"""Called with the name of each weight that was chosen."""
+
+
+def calibrate(
+    config: ArchitectureConfig,
+    weights: Checkpoint,
+    formats: dict[str, WeightFormat],
+    sequences: Sequence[np.ndarray],
+    methods: Sequence[str],
+    folder: Path,
+    report: Report,
+) -> Checkpoint:
+    """The weights with those of `formats` as int4. sequences: int64 [N] each. folder: for what is chosen; it must stay
+    as long as the result is used. Raises ChatGLMError for weights that are no numbers."""
+    folds = architecture(config).input_folds(config) if "awq" in methods else {}
+    chosen = _Chosen(weights, folder)
+
+    def observe(name: str, x: np.ndarray) -> None:
+        if name in formats and name not in chosen:
+            chosen.add(name, _choose(weights[name], formats[name], InputMoments.of(x), methods, folds.get(name)))
+            report(name)
+
+    architecture(config).build(config, EagerLowering(weights, config, sequences, observe))
+    return chosen.checkpoint()
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """codes uint8 [N, K]; grid [N, G, 1]; what to divide the rows of other tensors by."""
+
+    format: WeightFormat
+    codes: np.ndarray
+    grid: Grid
+    divisors: dict[str, np.ndarray]
+
+
+def _choose(
+    tensor: Tensor, fmt: WeightFormat, moments: InputMoments, methods: Sequence[str], fold: Fold | None
+) -> _Choice:
+    weight = torch.from_numpy(checked(tensor, tensor.read(), fmt.largest))
+    group = fmt.group_size(weight.shape[1])
+    divisors: dict[str, np.ndarray] = {}
+    if fold is not None:
+        rows = torch.arange(weight.shape[1]) if fold.rows is None else torch.from_numpy(fold.rows)
+        scale = column_scales(weight, moments, group, rows)
+        weight *= scale
+        moments = moments.scaled(scale)
+        divisors = dict.fromkeys(fold.into, _by_row(rows, scale))
+    compensation = Compensation(moments) if "gptq" in methods else None
+    codes = np.empty(tuple(weight.shape), np.uint8)
+    grids, step = [], max(1, BLOCK_ELEMENTS // weight.shape[1])
+    for start in range(0, len(weight), step):
+        block = weight[start : start + step]
+        grid = clipped(block, moments, group)
+        levels = compensation.codes(block, grid, group) if compensation else grid.codes(grouped(block, group))
+        codes[start : start + step] = levels.reshape_as(block).to(torch.uint8).numpy()
+        grids.append(grid)
+    return _Choice(fmt, codes, Grid.joined(grids), divisors)
+
+
+def _by_row(rows: Values, scale: Values) -> np.ndarray:
+    """Factors by row: float32 [last row + 1], 1 where no column is made."""
+    factors = torch.ones(int(rows.max()) + 1)
+    factors[rows] = scale
+    return factors.numpy()
+
+
+class _Chosen:
+    """The weights chosen so far, a file each."""
+
+    def __init__(self, weights: Checkpoint, folder: Path):
+        self._weights, self._folder = weights, folder
+        self._files: dict[str, tuple[WeightFormat, Path]] = {}
+        self._divisors: dict[str, np.ndarray] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def add(self, name: str, choice: _Choice) -> None:
+        file = self._folder / f"{len(self._files)}.safetensors"
+        grid = choice.grid
+        parts = {
+            "codes": pack_u4(choice.codes).reshape(len(choice.codes), -1),
+            "zero_point": grid.zero_point.to(torch.uint8).numpy(),
+            "scale": grid.scale.half().numpy(),
+        }
+        save_file(parts, file)
+        self._files[name] = choice.format, file
+        self._divisors.update(choice.divisors)
+
+    def checkpoint(self) -> Checkpoint:
+        added: list[Tensor] = [self._quantized(name, *found) for name, found in self._files.items()]
+        added += [
+            _DividedTensor.of(self._weights[name], divisors)
+            for name, divisors in self._divisors.items()
+            if name not in self._files
+        ]
+        return self._weights.replaced((), added)
+
+    def _quantized(self, name: str, fmt: WeightFormat, file: Path) -> QuantizedTensor:
+        original, divisors = self._weights[name], self._divisors.get(name)
+        stored = open_weight_file(file)
+        columns = original.shape[1]
+
+        def parts(rows: Rows) -> Parts:
+            codes, zero_point, scale = (stored[part].view()[rows] for part in ("codes", "zero_point", "scale"))
+            scale = scale.astype(np.float32)
+            if divisors is not None:
+                scale = _divided(scale, rows, divisors).astype(np.float16).astype(np.float32)
+            return unpack_u4(codes).reshape(len(codes), -1, fmt.group_size(columns)), zero_point.copy(), scale
+
+        return QuantizedTensor(name, original.file, original.shape, fmt.name, original.nbytes, fmt, parts)
+
+
+@dataclass(frozen=True)
+class _DividedTensor(Tensor):
+    """A tensor whose rows are divided by factors."""
+
+    original: Tensor
+    divisors: np.ndarray
+
+    @classmethod
+    def of(cls, original: Tensor, divisors: np.ndarray) -> _DividedTensor:
+        return cls(original.name, original.file, original.shape, original.dtype, original.nbytes, original, divisors)
+
+    def rows(self, rows: Rows) -> np.ndarray:
+        return _divided(self.original.rows(rows), rows, self.divisors)
+
+    def read(self) -> np.ndarray:
+        return self.rows(slice(None))
+
+
+def _divided(values: np.ndarray, rows: Rows, divisors: np.ndarray) -> np.ndarray:
+    """values [n, ...], rows of a tensor of any number of rows; those behind the divisors stay."""
+    numbers = np.arange(len(values)) + (rows.start or 0) if isinstance(rows, slice) else np.asarray(rows)
+    factors = np.append(divisors, np.float32(1))[np.minimum(numbers, len(divisors))]
+    return values / factors.reshape(-1, *[1] * (values.ndim - 1))

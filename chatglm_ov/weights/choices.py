@@ -1,0 +1,93 @@
+"""Which format each weight of a model is stored in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.weights.formats import FORMATS, GROUP_SIZE, GROUP_SIZES, WeightFormat, int4_format
+
+EMBEDDING_FORMATS = ("f32", "bf16", "int8")
+"""Rows of the embedding are looked up one by one: 4 bits would save 1 % of a model, and cost accuracy."""
+
+
+@dataclass(frozen=True)
+class FormatChoices:
+    """What a user chooses beside the format of a model.
+
+    group_size: columns that share a scale in int4. lm_head_format: of the LM head, which in a tied model is the
+    embedding. embedding_format: of an embedding that is not tied. layer_formats: format by a pattern of weight names,
+    such as `*.layers.0.*` (shell wildcards); the first pattern that fits counts. None: as `format_of` says.
+    """
+
+    group_size: int = GROUP_SIZE
+    lm_head_format: str | None = None
+    embedding_format: str | None = None
+    layer_formats: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        _check("group_size", self.group_size, GROUP_SIZES)
+        _check("lm_head_format", self.lm_head_format, (None, *FORMATS))
+        _check("embedding_format", self.embedding_format, (None, *EMBEDDING_FORMATS))
+        for pattern, name in self.layer_formats.items():
+            _check(f"layer_formats of {pattern!r}", name, tuple(FORMATS))
+
+    def linear(self, model_format: str, name: str, columns: int) -> WeightFormat:
+        """Format of the linear weight `name` [N, columns] in a model of `model_format`. int4 is int8 where 32 does not
+        divide the columns, unless a pattern asks for it."""
+        for pattern, chosen in self.layer_formats.items():
+            if fnmatchcase(name, pattern):
+                return self._fitting(chosen, columns, f"layer_formats of {pattern!r} for {name}")
+        usual = self._named(model_format)
+        return usual if usual.fits(columns) else FORMATS["int8"]
+
+    def lm_head(self, model_format: str, columns: int) -> WeightFormat:
+        """int8 in an int4 model, where 4 bits cost more accuracy than they save memory."""
+        if self.lm_head_format is not None:
+            return self._fitting(self.lm_head_format, columns, "lm_head_format")
+        return _table_format(model_format)
+
+    def embedding(self, model_format: str) -> WeightFormat:
+        """int8 in an int4 model."""
+        return _table_format(model_format) if self.embedding_format is None else FORMATS[self.embedding_format]
+
+    def _named(self, name: str) -> WeightFormat:
+        return int4_format(self.group_size) if name == "int4" else FORMATS[name]
+
+    def _fitting(self, name: str, columns: int, what: str) -> WeightFormat:
+        chosen = self._named(name)
+        if not chosen.fits(columns):
+            raise ChatGLMError("convert", what, name, f"a format for {columns} columns: int4 takes multiples of 32")
+        return chosen
+
+
+def _table_format(model_format: str) -> WeightFormat:
+    return FORMATS["int8" if model_format == "int4" else model_format]
+
+
+def _check(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    if value not in known:
+        wanted = ", ".join(str(each) for each in known if each is not None)
+        raise ChatGLMError("convert", name, repr(value), f"one of {wanted}")
+
+
+DEFAULT_CHOICES = FormatChoices()
+
+
+def read_layer_formats(path: Path) -> dict[str, str]:
+    """The contents of a JSON file of {pattern: format}. Raises ChatGLMError if it is none."""
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ChatGLMError(path, "file", "missing", "a JSON object of pattern: format") from None
+    except (OSError, ValueError) as error:
+        raise ChatGLMError(path, "contents", f"not JSON ({error})", "a JSON object of pattern: format") from None
+    if not isinstance(contents, dict) or not all(isinstance(name, str) for name in contents.values()):
+        raise ChatGLMError(path, "contents", f"a JSON {type(contents).__name__}", "an object of pattern: format")
+    return contents
