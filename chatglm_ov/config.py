@@ -30,8 +30,9 @@ class ArchitectureConfig(BaseModel, ABC):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
-    # Weights stored quantized, and a trained prefix (P-Tuning) in front of the cache: not covered.
-    quantization_bit: Literal[0] | None = None
+    # Of weights that are stored quantized; see `chatglm_ov.prequantized`.
+    quantization_bit: Literal[0, 4, 8] | None = None
+    # A trained prefix (P-Tuning) in front of the cache: not covered.
     pre_seq_len: Literal[0] | None = None
 
     @property

@@ -35,6 +35,7 @@ from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.lowering import Lowering
 from chatglm_ov.models import architecture
 from chatglm_ov.native import native, unavailable
+from chatglm_ov.prequantized import CONFIG_FIELDS, open_checkpoint
 from chatglm_ov.sizes import size
 from chatglm_ov.tokenizer import save_tokenizer_files
 from chatglm_ov.weight_files import FLOATS
@@ -43,6 +44,7 @@ from chatglm_ov.weights.file import WeightsFile
 from chatglm_ov.weights.formats import FORMATS
 from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, write_ir
 from chatglm_ov.weights.packing import layout_of
+from chatglm_ov.weights.quantized import QuantizedTensor
 from chatglm_ov.weights.store import BLOCK_BYTES, Progress, WeightStore, stored_as
 
 if TYPE_CHECKING:
@@ -107,11 +109,10 @@ def convert(
     fields = _config_fields(source, rope_ratio_meaning)
     config = parse_config(fields, source / "config.json")
     _check_arguments(source, target, weight_formats, ops, overwrite)
-    if calibration is not None and "int4" not in weight_formats:
-        raise ChatGLMError("convert", "calibration", calibration.label, "int4 among the weight formats")
     ops = available_ops(ops)
-    with Checkpoint.open(source) as weights:
+    with open_checkpoint(source, fields) as weights:
         _verify(config, weights)
+        _check_calibration(weights, weight_formats, calibration)
         plan = make_plan(config, weights, weight_formats, ops, choices, calibration)
         log.info("%s", plan)
         _check_disk(plan, target)
@@ -128,6 +129,15 @@ def convert(
                     used, described = for_int4, {"calibration": calibration.label}
                 _write_model(config, used, partial / name, name, ops, report, choices, described)
     return target
+
+
+def _check_calibration(weights: Checkpoint, weight_formats: Sequence[str], calibration: Calibration | None) -> None:
+    if calibration is None:
+        return
+    if "int4" not in weight_formats:
+        raise ChatGLMError("convert", "calibration", calibration.label, "int4 among the weight formats")
+    if any(isinstance(weights[name], QuantizedTensor) for name in weights.names):
+        raise ChatGLMError(weights.folder, "weights", "quantized already", "no calibration, or the original weights")
 
 
 def _sequences(source: Path, config: ArchitectureConfig, calibration: Calibration | None) -> list[np.ndarray]:
@@ -185,8 +195,9 @@ def plan_conversion(
     checkpoint: str | Path, weight_formats: Sequence[str] = ("bf16", "int8"), ops: str = "fused"
 ) -> Plan:
     """What `convert` would do, after checking the checkpoint's names and shapes."""
-    config = parse_config(read_config_json(checkpoint), Path(checkpoint) / "config.json")
-    with Checkpoint.open(Path(checkpoint)) as weights:
+    fields = read_config_json(checkpoint)
+    config = parse_config(fields, Path(checkpoint) / "config.json")
+    with open_checkpoint(Path(checkpoint), fields) as weights:
         _verify(config, weights)
         return make_plan(config, weights, weight_formats, available_ops(ops))
 
@@ -269,7 +280,8 @@ def _verify(config: ArchitectureConfig, weights: Checkpoint) -> None:
     shapes = module.weight_shapes(config)
     weights.verify(shapes, ignored=lambda name: module.is_ignored(config, name))
     for name in shapes:
-        if weights.dtype(name) not in FLOATS:
+        quantized = len(shapes[name]) == 2 and isinstance(weights[name], QuantizedTensor)
+        if weights.dtype(name) not in FLOATS and not quantized:
             wanted = f"one of {', '.join(FLOATS)}"
             raise ChatGLMError(weights[name].file, f"dtype of {name}", weights.dtype(name), wanted)
 
@@ -379,8 +391,9 @@ def convert_weights(
 
 
 def _converted_fields(fields: dict[str, Any], config: ArchitectureConfig, ops: str) -> dict[str, Any]:
-    """config.json of a converted folder: without the pointers to remote code, with our marker."""
-    kept = {key: value for key, value in fields.items() if key != "auto_map"}
+    """config.json of a converted folder: without the pointers to remote code and the checkpoint's own quantization,
+    with our marker."""
+    kept = {key: value for key, value in fields.items() if key not in ("auto_map", *CONFIG_FIELDS)}
     if hasattr(config, "rope_ratio_meaning"):
         kept["rope_ratio_meaning"] = config.rope_ratio_meaning
     kept["chatglm_ov"] = {"format_version": FORMAT_VERSION, "architecture": config.architecture, "ops": ops}

@@ -19,6 +19,7 @@ from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.conversion import convert_weights, make_plan
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
+from chatglm_ov.prequantized import open_checkpoint
 from chatglm_ov.presets import config_json
 from chatglm_ov.runtime import weight_formats
 from chatglm_ov.sizes import size
@@ -47,7 +48,7 @@ class Source:
 
     def weights(self) -> Checkpoint:
         """The weights to convert. Use as a context manager."""
-        return RandomWeights(self.fields) if self.folder is None else Checkpoint.open(self.folder)
+        return RandomWeights(self.fields) if self.folder is None else open_checkpoint(self.folder, self.fields)
 
 
 def from_preset(preset: str, layers: int | None = None) -> Source:

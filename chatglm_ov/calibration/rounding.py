@@ -1,8 +1,10 @@
 """From a weight and the moments of its input to int4 codes. Letters: n rows, K columns, G groups of them.
 
 `clipped` shrinks the range of each group to where the rounding errors, weighed by the square of the inputs, are
-smallest. `Compensation` rounds one column after the other and moves the error of each into the columns that are left
-(GPTQ, arXiv:2210.17323), the columns of the largest inputs first.
+smallest. `Compensation` rounds one column after the other, those of the largest inputs first, and lets each make up for
+the errors of those before it (GPTQ, arXiv:2210.17323). With the second moments as R R^T, R upper triangular, the mean
+square of D x is |D R|^2, and entry j of D R depends on the errors of columns up to j only: column j is rounded from
+w_j + (d_0 R_0j + ... + d_{j-1} R_{j-1,j}) / R_jj. That needs no inverse (arXiv:2507.18553 shows that it is the same).
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ DAMPING = 0.01
 """Added to the diagonal of the second moments, times its mean."""
 LAZY_COLUMNS = 128
 """Columns whose errors reach the columns behind them in one product."""
+ROWS = 1024
+"""Rows that are rounded at once: with so many columns they stay in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,10 @@ class Grid:
         )
 
 
-def clipped(weight: Tensor, moments: InputMoments, group: int) -> Grid:
-    """The best grid of each group of weight [n, K], every weight rounded by itself."""
-    importance = moments.second.diagonal().reshape(-1, group)
+def clipped(weight: Tensor, importance: Tensor, group: int) -> Grid:
+    """The best grid of each group of weight [n, K], every weight rounded by itself. importance [K]: mean squares of
+    the inputs."""
+    importance = importance.reshape(-1, group)
     rows = max(1, CLIP_ELEMENTS // weight.shape[1])
     return Grid.joined([_best_grid(grouped(block, group), importance) for block in weight.split(rows)])
 
@@ -88,43 +93,50 @@ def _best_grid(groups: Tensor, importance: Tensor) -> Grid:
 
 
 class Compensation:
-    """Rounds rows of one weight; what depends on the inputs only is computed once."""
+    """Rounds the rows of one weight; what depends on the inputs only is computed once."""
 
     def __init__(self, moments: InputMoments):
         self._order = moments.second.diagonal().argsort(descending=True)
-        self._factor = _inverse_factor(moments.second[self._order][:, self._order])
+        self._factor = _upper_factor(moments.second, self._order)
 
     def codes(self, weight: Tensor, grid: Grid, group: int) -> Tensor:
-        """Codes [n, G, group] of weight [n, K] on a grid that is given."""
-        left = weight[:, self._order]
+        """Codes uint8 [n, K] of weight [n, K] on a grid that is given."""
+        codes = torch.empty(weight.shape, dtype=torch.uint8)
+        for start in range(0, len(weight), ROWS):
+            rows = slice(start, start + ROWS)
+            codes[rows] = self._codes(weight[rows], Grid(grid.zero_point[rows], grid.scale[rows]), group)
+        return codes
+
+    def _codes(self, weight: Tensor, grid: Grid, group: int) -> Tensor:
+        """Everything is transposed here: a column of the weight is a line of memory."""
         of_column = self._order // group
-        scale, zero_point = grid.scale[:, of_column, 0], grid.zero_point[:, of_column, 0]
-        codes, columns = torch.empty_like(left), left.shape[1]
-        for start in range(0, columns, LAZY_COLUMNS):
-            end = min(columns, start + LAZY_COLUMNS)
-            errors = torch.empty(len(left), end - start)
-            for column in range(start, end):
-                here, behind = left[:, column], left[:, column + 1 : end]
-                code = torch.round(here / scale[:, column]).add_(zero_point[:, column]).clamp_(0, LEVELS)
-                error = here - (code - zero_point[:, column]) * scale[:, column]
-                error /= self._factor[column, column]
-                behind.addr_(error, self._factor[column, column + 1 : end], alpha=-1)
-                codes[:, column], errors[:, column - start] = code, error
-            left[:, end:].addmm_(errors, self._factor[start:end, end:], alpha=-1)
+        weight = weight.T[self._order]
+        scale, zero_point = (part[..., 0].T[of_column] for part in (grid.scale, grid.zero_point))
+        codes, carried = torch.empty_like(weight, dtype=torch.uint8), torch.zeros_like(weight)
+        for start in range(0, len(weight), LAZY_COLUMNS):
+            end = min(len(weight), start + LAZY_COLUMNS)
+            factor, errors = self._factor[start:end], torch.empty(end - start, weight.shape[1])
+            for i, column in enumerate(range(start, end)):
+                wanted = weight[column] + carried[column] / factor[i, column]
+                code = wanted.div_(scale[column]).round_().add_(zero_point[column]).clamp_(0, LEVELS)
+                codes[column] = code
+                errors[i] = weight[column] - code.sub_(zero_point[column]).mul_(scale[column])
+                carried[column + 1 : end].addr_(factor[i, column + 1 : end], errors[i])
+            carried[end:].addmm_(factor[:, end:].T, errors)
         stored = torch.empty_like(codes)
-        stored[:, self._order] = codes
-        return stored.reshape(len(stored), -1, group)
+        stored[self._order] = codes
+        return stored.T
 
 
-def _inverse_factor(second: Tensor) -> Tensor:
-    """Upper triangular U with U^T U = second^-1, of moments that are damped until they have an inverse."""
-    mean, damping = second.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny), DAMPING
+def _upper_factor(second: Tensor, order: Tensor) -> Tensor:
+    """Upper triangular R with R R^T = second, reordered and damped until it has such a factor: the Cholesky factor of
+    the matrix with rows and columns in reverse, in reverse."""
+    backwards = order.flip(0)
+    reordered = second[backwards[:, None], backwards]
+    damping = DAMPING * reordered.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     while True:
-        damped = second.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        reordered.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(reordered)
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return factor
+            return lower.flip(0, 1)
         damping *= 10

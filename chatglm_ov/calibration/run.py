@@ -17,7 +17,7 @@ from torch import Tensor as Values
 
 from chatglm_ov.calibration.eager import EagerLowering
 from chatglm_ov.calibration.moments import InputMoments
-from chatglm_ov.calibration.rounding import Compensation, Grid, clipped, grouped
+from chatglm_ov.calibration.rounding import ROWS, Compensation, Grid, clipped, grouped
 from chatglm_ov.calibration.scaling import column_scales
 from chatglm_ov.checkpoint import Checkpoint, Rows, Tensor
 from chatglm_ov.config import ArchitectureConfig
@@ -27,9 +27,6 @@ from chatglm_ov.weight_files import open_weight_file
 from chatglm_ov.weights.formats import WeightFormat, pack_u4, unpack_u4
 from chatglm_ov.weights.quantized import Parts, QuantizedTensor
 from chatglm_ov.weights.store import checked
-
-BLOCK_ELEMENTS = 1 << 24
-"""Weights that are rounded at once."""
 
 Report = Callable[[str], None]
 """Called with the name of each weight that was chosen."""
@@ -78,18 +75,21 @@ def _choose(
         rows = torch.arange(weight.shape[1]) if fold.rows is None else torch.from_numpy(fold.rows)
         scale = column_scales(weight, moments, group, rows)
         weight *= scale
-        moments = moments.scaled(scale)
+        moments.divide_(scale)
         divisors = dict.fromkeys(fold.into, _by_row(rows, scale))
-    compensation = Compensation(moments) if "gptq" in methods else None
-    codes = np.empty(tuple(weight.shape), np.uint8)
-    grids, step = [], max(1, BLOCK_ELEMENTS // weight.shape[1])
-    for start in range(0, len(weight), step):
-        block = weight[start : start + step]
-        grid = clipped(block, moments, group)
-        levels = compensation.codes(block, grid, group) if compensation else grid.codes(grouped(block, group))
-        codes[start : start + step] = levels.reshape_as(block).to(torch.uint8).numpy()
-        grids.append(grid)
-    return _Choice(fmt, codes, Grid.joined(grids), divisors)
+    grid = clipped(weight, moments.second.diagonal(), group)
+    codes = Compensation(moments).codes(weight, grid, group) if "gptq" in methods else _nearest(weight, grid, group)
+    return _Choice(fmt, codes.numpy(), grid, divisors)
+
+
+def _nearest(weight: Values, grid: Grid, group: int) -> Values:
+    """Codes uint8 [N, K], some rows at a time: what they are computed from is four times as large."""
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        block = Grid(grid.zero_point[rows], grid.scale[rows]).codes(grouped(weight[rows], group))
+        codes[rows] = block.reshape_as(weight[rows])
+    return codes
 
 
 def _by_row(rows: Values, scale: Values) -> np.ndarray:

@@ -32,12 +32,12 @@ def column_scales(weight: Tensor, moments: InputMoments, group: int, makers: Ten
     magnitude = shared.mean(moments.magnitude)
     groups = grouped(weight.abs(), group)
     relative = groups / groups.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    importance = moments.second.diagonal()
     best, least = torch.ones(weight.shape[1]), torch.inf
     for scale in _candidates(magnitude, shared.mean(relative.mean(0).flatten())):
         scaled = sample * scale
-        moved = moments.scaled(scale)
-        rounded = clipped(scaled, moved, group).rounded(grouped(scaled, group))
-        error = moved.error(rounded.reshape_as(scaled) - scaled).item()
+        rounded = clipped(scaled, importance / scale**2, group).rounded(grouped(scaled, group))
+        error = moments.error(rounded.reshape_as(scaled).sub_(scaled).div_(scale)).item()
         if error < least:
             best, least = scale, error
     return best

@@ -68,13 +68,22 @@ def run(arguments: argparse.Namespace) -> None:
     convert_with_report(
         arguments.checkpoint,
         arguments.output,
-        arguments.weight_format or DEFAULT_FORMATS,
+        arguments.weight_format or default_formats(arguments.checkpoint),
         ops=arguments.ops,
         choices=_choices(arguments),
         calibration=_calibration(arguments),
         rope_ratio_meaning=arguments.rope_ratio_meaning,
         overwrite=arguments.overwrite,
     )
+
+
+def default_formats(checkpoint: Path) -> Sequence[str]:
+    """That of a checkpoint which is quantized already, else DEFAULT_FORMATS."""
+    from chatglm_ov.config import read_config_json
+    from chatglm_ov.prequantized import quantized_format
+
+    own = quantized_format(checkpoint, read_config_json(checkpoint))
+    return DEFAULT_FORMATS if own is None else (own,)
 
 
 def _choices(arguments: argparse.Namespace) -> FormatChoices:

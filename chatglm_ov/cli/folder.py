@@ -7,11 +7,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.conversion import make_plan
 from chatglm_ov.models import architecture
 from chatglm_ov.native import native, unavailable
+from chatglm_ov.prequantized import open_checkpoint
 from chatglm_ov.presets import PRESETS, config_json
 from chatglm_ov.runtime import default_weight_format, load_model, read_ir, weight_formats
 from chatglm_ov.tokenizer import detect_family
@@ -35,7 +35,7 @@ def folder(path: Path) -> dict[str, Any]:
         "kind": "converted" if converted else "checkpoint",
         **_model(config),
         "tokenizer": _tokenizer(path),
-        **(_converted(path) if converted else _checkpoint(path, config)),
+        **(_converted(path) if converted else _checkpoint(path, fields, config)),
     }
 
 
@@ -71,10 +71,10 @@ def _tokenizer(path: Path) -> dict[str, str] | None:
     return None if file is None else {"family": detect_family(path), "file": file}
 
 
-def _checkpoint(path: Path, config: ArchitectureConfig) -> dict[str, Any]:
+def _checkpoint(path: Path, fields: dict[str, Any], config: ArchitectureConfig) -> dict[str, Any]:
     """Stored tensors by type, and what each weight format would take."""
     module = architecture(config)
-    with Checkpoint.open(path) as weights:
+    with open_checkpoint(path, fields) as weights:
         weights.verify(module.weight_shapes(config), ignored=lambda name: module.is_ignored(config, name))
         stored: Counter[str] = Counter()
         for name in weights.names:

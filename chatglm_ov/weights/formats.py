@@ -100,12 +100,12 @@ def _encode_int8(block: np.ndarray) -> tuple[np.ndarray, ...]:
     return np.rint(block / scale).astype(np.int8), scale
 
 
-def _int4_parts(widest_group: int, columns: int) -> tuple[Part, ...]:
+def _int4_parts(widest_group: int, zero_point_bits: int, columns: int) -> tuple[Part, ...]:
     group = gcd(columns, widest_group)
     groups = columns // group
     return (
         Part("weight", "u4", (groups, group), 4),
-        Part("zero_point", "u4", (groups, 1), 4),
+        Part("zero_point", f"u{zero_point_bits}", (groups, 1), zero_point_bits),
         Part("scale", "f32", (groups, 1), 32),
     )
 
@@ -144,9 +144,10 @@ def unpack_u4(packed: np.ndarray) -> np.ndarray:
 
 
 @cache
-def int4_format(widest_group: int) -> WeightFormat:
-    """int4 in groups of up to so many columns, one of GROUP_SIZES."""
-    parts, encode = partial(_int4_parts, widest_group), partial(_encode_int4, widest_group)
+def int4_format(widest_group: int, zero_point_bits: int = 4) -> WeightFormat:
+    """int4 in groups of up to so many columns, one of GROUP_SIZES. zero_point_bits: 8 for zero points of others that
+    are not in 0..15."""
+    parts, encode = partial(_int4_parts, widest_group, zero_point_bits), partial(_encode_int4, widest_group)
     return WeightFormat("int4", parts, encode, LARGEST_INT4, widest_group)
 
 
