@@ -380,14 +380,20 @@ def _write_model(
 
 
 def convert_weights(
-    weights: Checkpoint, fields: dict[str, Any], folder: Path, weight_format: str, ops: str, report: Progress
+    weights: Checkpoint,
+    fields: dict[str, Any],
+    folder: Path,
+    weight_format: str,
+    ops: str,
+    report: Progress,
+    choices: FormatChoices = DEFAULT_CHOICES,
 ) -> None:
     """A converted folder of one weight format and nothing else, for measurements: config.json with `fields` and the
     model. ops: fused or stock, as `available_ops` gives it."""
     config = parse_config(fields)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", _converted_fields(fields, config, ops))
-    _write_model(config, weights, folder / weight_format, weight_format, ops, report)
+    _write_model(config, weights, folder / weight_format, weight_format, ops, report, choices)
 
 
 def _converted_fields(fields: dict[str, Any], config: ArchitectureConfig, ops: str) -> dict[str, Any]:

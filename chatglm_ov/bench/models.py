@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
@@ -16,13 +17,14 @@ from tqdm import tqdm
 from chatglm_ov.bench.weights import RandomWeights
 from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
-from chatglm_ov.conversion import convert_weights, make_plan
+from chatglm_ov.conversion import Plan, convert_weights, make_plan
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
 from chatglm_ov.prequantized import open_checkpoint
 from chatglm_ov.presets import config_json
 from chatglm_ov.runtime import weight_formats
 from chatglm_ov.sizes import size
+from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
 
 DEFAULT_FORMATS = ("bf16", "int8", "int4")
 
@@ -30,12 +32,13 @@ DEFAULT_FORMATS = ("bf16", "int8", "int4")
 @dataclass(frozen=True)
 class Source:
     """Where the weights come from. folder: None for random weights. ops: of a converted folder, which has no other;
-    None where every lowering can be made."""
+    None where every lowering can be made. choices: of formats, for what is converted."""
 
     name: str
     fields: dict[str, Any]
     folder: Path | None = None
     ops: str | None = None
+    choices: FormatChoices = DEFAULT_CHOICES
 
     @property
     def config(self) -> ArchitectureConfig:
@@ -49,6 +52,10 @@ class Source:
     def weights(self) -> Checkpoint:
         """The weights to convert. Use as a context manager."""
         return RandomWeights(self.fields) if self.folder is None else open_checkpoint(self.folder, self.fields)
+
+    def plan(self, weights: Checkpoint, weight_format: str, ops: str) -> Plan:
+        """What converting them to a format takes."""
+        return make_plan(self.config, weights, [weight_format], ops, self.choices)
 
 
 def from_preset(preset: str, layers: int | None = None) -> Source:
@@ -75,7 +82,7 @@ def check_disk(source: Source, formats: Sequence[str], lowerings: Sequence[str],
     with source.weights() as weights:
         module, config = architecture(source.config), source.config
         weights.verify(module.weight_shapes(config), ignored=lambda name: module.is_ignored(config, name))
-        needed = max(sum(make_plan(config, weights, [name], ops).disk_bytes for ops in lowerings) for name in formats)
+        needed = max(sum(source.plan(weights, name, ops).disk_bytes for ops in lowerings) for name in formats)
     free = psutil.disk_usage(str(folder)).free
     if free < needed:
         raise ChatGLMError(folder, "free disk space", size(free), f"{size(needed)} for a temporary folder")
@@ -92,10 +99,11 @@ def converted(
     with TemporaryDirectory(prefix="chatglm-ov-bench-", dir=place) as temporary:
         folders = {ops: Path(temporary) / ops for ops in lowerings}
         with source.weights() as weights:
-            total = sum(make_plan(source.config, weights, [weight_format], ops).read_bytes for ops in lowerings)
+            total = sum(source.plan(weights, weight_format, ops).read_bytes for ops in lowerings)
             with tqdm(total=total, unit="B", unit_scale=True, desc=weight_format) as bar:
+                made = partial(convert_weights, weights, source.fields, weight_format=weight_format)
                 for ops, folder in folders.items():
-                    convert_weights(weights, source.fields, folder, weight_format, ops, lambda _, n: bar.update(n))
+                    made(folder, ops=ops, report=lambda _, n: bar.update(n), choices=source.choices)
         for folder in folders.values():
             _finish_writing(folder)
         yield folders

@@ -29,10 +29,11 @@ class Answer:
     timing: Timing | None
 
 
-def open_model(folder: Path, weight_format: str | None, inference_precision: str | None) -> tuple[Any, Any]:
-    """Model, ready for its first answer, and tokenizer of a converted folder."""
+def open_model(folder: Path, weight_format: str | None, **options: Any) -> tuple[Any, Any]:
+    """Model, ready for its first answer, and tokenizer of a converted folder. `options` are those of
+    `from_pretrained()`."""
     logging.set_verbosity_error()
-    model = OVChatGLMForCausalLM.from_pretrained(folder, weight_format, inference_precision)
+    model = OVChatGLMForCausalLM.from_pretrained(folder, weight_format, **options)
     model.compiled.warm_up()
     return model, load_tokenizer(folder)
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weight-format", nargs="+", action="extend", choices=WEIGHT_FORMATS, metavar="FORMAT",
         help="default: what a converted folder has, else bf16 int8 int4",
     )  # fmt: skip
+    parser.add_argument(
+        "--group-size", type=int, choices=(128, 64, 32), help="of int4, unless the folder is converted (default: 128)"
+    )
     parser.add_argument("--ops", choices=("fused", "stock"), help="default: fused, where it is built")
     parser.add_argument(
         "--activation-bits", nargs="+", action="extend", type=int, choices=(16, 8), metavar="BITS",
@@ -88,6 +92,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _source(arguments: argparse.Namespace) -> Source:
+    from chatglm_ov.weights.choices import FormatChoices
+
+    source = _weights(arguments)
+    if arguments.group_size is None:
+        return source
+    if source.ops is not None:
+        raise ChatGLMError("--group-size", "value", arguments.group_size, "a checkpoint or --preset with it")
+    return replace(source, choices=FormatChoices(arguments.group_size))
+
+
+def _weights(arguments: argparse.Namespace) -> Source:
     from chatglm_ov.bench.models import from_folder, from_preset
 
     if (arguments.folder is None) == (arguments.preset is None):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from typing import Any
 
-from chatglm_ov.cli.options import add_generation_options, add_model_options, generation_options
+from chatglm_ov.cli.options import add_generation_options, add_model_options, generation_options, model_options
 from chatglm_ov.errors import ChatGLMError
 
 SUMMARY = "hold a conversation"
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from chatglm_ov.cli.answer import open_model
 
-    model, tokenizer = open_model(arguments.folder, arguments.weight_format, arguments.inference_precision)
+    model, tokenizer = open_model(arguments.folder, **model_options(arguments))
     conversation = Conversation(model, tokenizer, options, arguments.system, arguments.stats)
     with suppress(ImportError):
         import readline  # noqa: F401  line editing for input(), where the system has it

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatglm_ov.cli.options import WEIGHT_FORMATS, check_output, number
+from chatglm_ov.cli.options import KV_CACHE_FORMATS, WEIGHT_FORMATS, check_output, number
 from chatglm_ov.errors import ChatGLMError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--window", type=number(int, 2), default=512, metavar="N", help="tokens (default: 512)")
     parser.add_argument("--stride", type=number(int, 1), metavar="N", help="tokens (default: half a window)")
-    parser.add_argument("--kv-cache-format", choices=("f32", "bf16", "int8"), help="default: bf16; reference: f32")
+    parser.add_argument("--kv-cache-format", choices=KV_CACHE_FORMATS, help="default: bf16; reference: f32")
     parser.add_argument("--activation-bits", type=int, choices=(16, 8), default=16, help="default: 16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
 

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from chatglm_ov.cli.parts import weight_parts
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.conversion import make_plan
 from chatglm_ov.models import architecture
@@ -97,13 +98,17 @@ def _converted(path: Path) -> dict[str, Any]:
         default["level"] = native().isa()
     else:
         default["inference_precision"] = chosen.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-    return {"weight_formats": {name: _ir(path / name / IR_NAME) for name in weight_formats(path)}, "default": default}
+    found = {name: _ir(path / name / IR_NAME, chosen.config) for name in weight_formats(path)}
+    return {"weight_formats": found, "default": default}
 
 
-def _ir(xml: Path) -> dict[str, Any]:
+def _ir(xml: Path, config: ArchitectureConfig) -> dict[str, Any]:
     model = read_ir(xml)
     types = Counter(node.get_type_name() for node in model.get_ops())
+    calibration = ["chatglm_ov", "calibration"]
     return {
+        "calibration": model.get_rt_info(calibration).astype(str) if model.has_rt_info(calibration) else None,
+        "parts": weight_parts(model, config),
         "bytes": sum(file.stat().st_size for file in (xml, xml.with_suffix(".bin"))),
         "ops": model.get_rt_info(["chatglm_ov", "ops"]).astype(str),
         "state_variables": len(model.get_variables()),

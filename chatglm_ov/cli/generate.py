@@ -8,7 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from chatglm_ov.cli.options import add_generation_options, add_model_options, generation_options, number, prompt_text
+from chatglm_ov.cli.options import (
+    add_generation_options,
+    add_model_options,
+    generation_options,
+    model_options,
+    number,
+    prompt_text,
+)
 from chatglm_ov.errors import ChatGLMError
 
 SUMMARY = "answer prompts"
@@ -33,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     from chatglm_ov.cli.answer import ask, complete, open_model
     from chatglm_ov.cli.printing import TextPrinter
 
-    model, tokenizer = open_model(arguments.folder, arguments.weight_format, arguments.inference_precision)
+    model, tokenizer = open_model(arguments.folder, **model_options(arguments))
     answer_to = complete if arguments.raw else ask
     for prompt in arguments.prompt:
         printer = TextPrinter()

@@ -81,10 +81,13 @@ def _checkpoint_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _converted_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, ir in found["weight_formats"].items():
         states = f"{ir['state_variables']} states"
+        calibrated = f" by {ir['calibration']}" if ir["calibration"] else ""
         yield (
-            name,
+            name + calibrated,
             f"{size(ir['bytes'])}, {ir['ops']} ops, {states}, {ir['nodes']} nodes with {_work(ir['node_types'])}",
         )
+        for part, stored in ir["parts"].items():
+            yield f"  {part}", f"{size(stored['bytes'])}{_formats(stored['formats'])}"
     default = found["default"]
     fused = default["ops"] == "fused"
     how = f"fused ops ({default['level']})" if fused else f"{default['inference_precision']} arithmetic"
@@ -92,6 +95,13 @@ def _converted_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "runs with",
         f"{default['weight_format']} weights, {how}, {default['kv_cache_type']} KV cache, {default['threads']} threads",
     )
+
+
+def _formats(counts: dict[str, int]) -> str:
+    """The formats of a part, the number of weights with each where there are several."""
+    several = len(counts) > 1
+    told = [f"{count} x {name}" if several else name for name, count in counts.items()]
+    return f", {', '.join(told)}" if told else ""
 
 
 def _work(node_types: dict[str, int]) -> str:

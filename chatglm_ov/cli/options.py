@@ -12,6 +12,7 @@ from chatglm_ov.errors import ChatGLMError
 # Names only: the modules that define them cost an import of OpenVINO.
 WEIGHT_FORMATS = ("f32", "bf16", "int8", "int4")
 INFERENCE_PRECISIONS = ("f32", "bf16", "f16")
+KV_CACHE_FORMATS = ("f32", "bf16", "int8")
 
 _SAMPLING = ("temperature", "top_p", "top_k", "seed")
 
@@ -53,6 +54,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--inference-precision", choices=INFERENCE_PRECISIONS, help="default: what OpenVINO prefers on this machine"
     )
+    parser.add_argument("--kv-cache-format", choices=KV_CACHE_FORMATS, help="default: bf16; f32 with f32 precision")
+    parser.add_argument(
+        "--activation-bits", type=int, choices=(16, 8), default=16, help="8: faster prompts, less exact (default: 16)"
+    )
+
+
+def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for `from_pretrained()`."""
+    names = ("weight_format", "inference_precision", "kv_cache_format", "activation_bits")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:

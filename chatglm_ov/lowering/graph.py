@@ -66,19 +66,12 @@ class GraphLowering:
     def _gathered_embedding(self, parts: dict[str, ov.Node]) -> ov.Node:
         """Rows are gathered before they are decompressed, so that the table is never expanded."""
 
-        def gathered(name: str) -> ov.Node:
-            rows = ops.gather(parts[name], self.input_ids, scalar(0))
-            return rows if rows.get_element_type() == ov.Type.f32 else ops.convert(rows, "f32")
-
-        rows = gathered("weight")
-        if "zero_point" in parts:
-            rows = ops.subtract(rows, gathered("zero_point"))
+        rows = ops.gather(parts["weight"], self.input_ids, scalar(0))
+        if parts["weight"].get_element_type() != ov.Type.f32:
+            rows = ops.convert(rows, "f32")
         if "scale" in parts:
-            rows = ops.multiply(rows, gathered("scale"))
-        if len(parts["weight"].get_output_shape(0)) == 2:
-            return rows
-        groups, group = parts["weight"].get_output_shape(0)[1:]
-        return ops.reshape(rows, i64(0, 0, groups * group), True)
+            rows = ops.multiply(rows, ops.gather(parts["scale"], self.input_ids, scalar(0)))
+        return rows
 
     def _angle_rows(self, rotary: Rotary) -> list[ov.Node]:
         """Angles f32 [B, L, n] of each row of positions."""

@@ -64,7 +64,12 @@ class StockLowering(GraphLowering):
         return value if len(weight.get_output_shape(0)) == len(shape) else ops.reshape(value, i64(*shape), False)
 
     def embedding(self, name: str, *, tied: bool = False) -> ov.Node:
-        return self._gathered_embedding(self.weights.lm_head(name) if tied else self.weights.embedding(name))
+        parts = self.weights.lm_head(name) if tied else self.weights.embedding(name)
+        if parts["weight"].get_element_type() != ov.Type.u4:
+            return self._gathered_embedding(parts)
+        # Plugins know this pattern of 4-bit weights, and only this one where a MatMul reads the same ones.
+        table = self._dequantized(name, parts, list(self.weights.checkpoint.shape(name)))
+        return ops.gather(table, self.input_ids, scalar(0))
 
     def rms_norm(self, x: ov.Node, name: str, eps: float) -> ov.Node:
         mean_square = ops.reduce_mean(ops.power(x, np.float32(2)), i64(-1), keep_dims=True)
