@@ -83,14 +83,37 @@ class FileTensor(Tensor):
         return np.array(view, dtype=np.float32 if self.dtype in FLOATS else None, order="C")
 
 
+class _Shards:
+    """Open files; for one more, the one whose last use is longest ago is closed."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._open: dict[Path, dict[str, StoredTensor]] = {}
+        self._closed = False
+
+    def close(self) -> None:
+        self._open.clear()
+        self._closed = True
+
+    def __getitem__(self, file: Path) -> dict[str, StoredTensor]:
+        if self._closed:
+            raise ValueError(f"checkpoint {self._folder} is closed")
+        shard = self._open.pop(file, None)
+        if shard is None:
+            while len(self._open) >= OPEN_SHARDS:
+                del self._open[next(iter(self._open))]
+            shard = open_weight_file(file)
+        self._open[file] = shard
+        return shard
+
+
 class Checkpoint:
     """All tensors of a folder, whichever files they are in. Use as a context manager, or `close()`."""
 
     def __init__(self, folder: Path, files: Files):
         """`files`: the tensors to take from each file, None for all that it holds."""
         self.folder = folder
-        self._open_shards: dict[Path, dict[str, StoredTensor]] = {}
-        self._closed = False
+        self._shards = _Shards(folder)
         self._tensors: dict[str, Tensor] = {}
         for file, names in files.items():
             self._add(file, names)
@@ -114,11 +137,10 @@ class Checkpoint:
 
     def close(self) -> None:
         """Give all mapped files back. Arrays that were read stay valid; nothing more can be read."""
-        self._open_shards.clear()
-        self._closed = True
+        self._shards.close()
 
     def replaced(self, removed: Collection[str], added: Iterable[Tensor]) -> Checkpoint:
-        """The same open files with other tensors in the place of some."""
+        """The same open files with other tensors in the place of some; they are closed together."""
         other = copy(self)
         other._tensors = {name: tensor for name, tensor in self._tensors.items() if name not in removed}
         other._tensors.update((tensor.name, tensor) for tensor in added)
@@ -170,7 +192,7 @@ class Checkpoint:
             raise ChatGLMError(tensor.file, tensor.name, seen, "only tensors that the config calls for")
 
     def _add(self, file: Path, names: Sequence[str] | None) -> None:
-        shard = self._shard(file)
+        shard = self._shards[file]
         for name in shard if names is None else names:
             if name not in shard:
                 raise ChatGLMError(file, name, "missing", "a tensor, as the index says")
@@ -180,21 +202,9 @@ class Checkpoint:
             stored = shard[name]
             self._tensors[name] = FileTensor(name, file, stored.shape, stored.dtype, stored.nbytes, self)
 
-    def _shard(self, file: Path) -> dict[str, StoredTensor]:
-        """Contents of `file`, kept open; the shard whose last use is longest ago is closed for it."""
-        if self._closed:
-            raise ValueError(f"checkpoint {self.folder} is closed")
-        shard = self._open_shards.pop(file, None)
-        if shard is None:
-            while len(self._open_shards) >= OPEN_SHARDS:
-                del self._open_shards[next(iter(self._open_shards))]
-            shard = open_weight_file(file)
-        self._open_shards[file] = shard
-        return shard
-
     def _view(self, tensor: FileTensor) -> np.ndarray:
         tensor.check_readable()
-        return self._shard(tensor.file)[tensor.name].view()
+        return self._shards[tensor.file][tensor.name].view()
 
 
 def _and_more(names: Sequence[str]) -> str:

@@ -9,13 +9,14 @@ killed leaves nothing that looks finished.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import logging
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from glob import escape
 from importlib import import_module
@@ -95,7 +96,8 @@ def convert(
     """Convert `checkpoint`, a folder as the model's authors publish it, to the folder `output`.
 
     weight_formats: any of f32, bf16, int8 (a scale per output channel), int4 (a scale and a zero point per 128
-    columns; embedding and LM head int8). choices: other formats for some weights, other groups for int4.
+    columns, embedding and LM head int8, unless chosen otherwise); what a checkpoint has quantized keeps its own groups
+    and values. choices: other formats for some weights, other groups for int4.
     calibration: how int4 weights are chosen; None: each is rounded to the nearest. ops: `stock` builds the graph from
     OpenVINO's own operations; `fused` from those of the native library, and is `stock`, with a warning, where that
     cannot be used.
@@ -117,12 +119,12 @@ def convert(
         log.info("%s", plan)
         _check_disk(plan, target)
         sequences = _sequences(source, config, calibration)
-        with (
-            _finished_or_nothing(target.resolve(), overwrite) as partial,
-            _int4_source(config, weights, choices, calibration, sequences, partial, progress) as for_int4,
-            _progress_bar(plan, progress) as report,
-        ):
+        with ExitStack() as stack:
+            partial = stack.enter_context(_finished_or_nothing(target.resolve(), overwrite))
             _write_side_files(source, partial, fields, config, ops)
+            chosen = _int4_source(config, weights, choices, calibration, sequences, partial, progress)
+            for_int4 = stack.enter_context(chosen)
+            report = stack.enter_context(_progress_bar(plan, progress))
             for name in plan.weight_formats:
                 used, described = weights, dict[str, str]()
                 if name == "int4" and calibration is not None:
@@ -213,6 +215,7 @@ def make_plan(
     """Sizes follow from the shapes; memory is the interpreter with its libraries and a few blocks of rows, or what a
     calibration needs."""
     shapes = architecture(config).weight_shapes(config)
+    _check_patterns(config, choices)
     formats = tuple(dict.fromkeys(weight_formats))
     read = sum(weights.nbytes(name) for name in shapes) * len(formats)
     disk = sum(_stored_bytes(config, weights, name, ops, choices) for name in formats)
@@ -224,6 +227,16 @@ def make_plan(
         disk += disk_bytes(config, choices)
         memory = max(memory, memory_bytes(config, choices, calibration.tokens))
     return Plan(config, formats, read, disk, LIBRARIES_BYTES + memory)
+
+
+def _check_patterns(config: ArchitectureConfig, choices: FormatChoices) -> None:
+    module = architecture(config)
+    shapes = module.weight_shapes(config)
+    layers = [n for n, shape in shapes.items() if len(shape) == 2 and n not in (module.EMBEDDING, module.LM_HEAD)]
+    for pattern in choices.layer_formats:
+        if not fnmatch.filter(layers, pattern):
+            wanted = f"a pattern of linear weights in layers, such as {layers[0]}"
+            raise ChatGLMError("convert", "layer_formats", repr(pattern), wanted)
 
 
 def _stored_bytes(
@@ -238,11 +251,12 @@ def _stored_bytes(
             total += 4 * shape[0]
             continue
         if name == module.LM_HEAD or (tied and name == module.EMBEDDING):
-            fmt = choices.lm_head(weight_format, shape[1])
+            chosen = choices.lm_head(weight_format, shape[1])
         elif name == module.EMBEDDING:
-            fmt = choices.embedding(weight_format)
+            chosen = choices.embedding(weight_format)
         else:
-            fmt = stored_as(weights[name], choices.linear(weight_format, name, shape[1]))
+            chosen = choices.linear(weight_format, name, shape[1])
+        fmt = stored_as(weights[name], chosen)
         row_by_row = ops == "stock" or (name == module.EMBEDDING and not tied)
         total += fmt.nbytes(shape) if row_by_row else layout_of(fmt, *shape).bytes
     return total

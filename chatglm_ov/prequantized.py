@@ -36,12 +36,16 @@ Numbers = Callable[[np.ndarray], np.ndarray]
 def open_checkpoint(folder: Path, fields: Mapping[str, Any]) -> Checkpoint:
     """The weights of a folder whose config.json has `fields`. Raises ChatGLMError, as `Checkpoint.open` does and for a
     quantization that cannot be taken over as it is."""
-    weights = Checkpoint.open(folder)
     described = _quantization_config(folder, fields)
-    if described is not None:
-        return _in_groups(weights, *described)
-    if fields.get("quantization_bit"):
-        return _in_rows(weights, fields["quantization_bit"], folder / "config.json")
+    weights = Checkpoint.open(folder)
+    try:
+        if described is not None:
+            return _in_groups(weights, *described)
+        if fields.get("quantization_bit"):
+            return _in_rows(weights, fields["quantization_bit"], folder / "config.json")
+    except BaseException:
+        weights.close()
+        raise
     return weights
 
 
@@ -84,6 +88,8 @@ def _in_rows(weights: Checkpoint, bits: Any, config: Path) -> Checkpoint:
     if bits not in (4, 8):
         raise ChatGLMError(config, "quantization_bit", repr(bits), "4 or 8")
     scales = [name for name in weights.names if name.endswith(".weight_scale")]
+    if not scales:
+        raise ChatGLMError(config, "quantization_bit", bits, "a checkpoint that has .weight_scale tensors, or 0")
     bases = [name.removesuffix("_scale") for name in scales]
     added = [_row_tensor(weights, base, bits) for base in bases]
     return weights.replaced({*scales, *bases}, added)
@@ -189,18 +195,21 @@ def _grouped_tensor(
     qzeros = _expect(weights, f"{base}.qzeros", "int32", 2)
     scales = _expect(weights, f"{base}.scales", "float16", 2)
     groups = columns // group
-    for tensor, wanted in ((qzeros, (groups, rows // _PER_WORD)), (scales, (groups, rows))):
+    for tensor, wanted in ((qzeros, (groups, -(-rows // _PER_WORD))), (scales, (groups, rows))):
         if tensor.shape != wanted:
             raise ChatGLMError(tensor.file, f"shape of {tensor.name}", list(tensor.shape), list(wanted))
-    zeros = _of_rows(qzeros.read(), np.arange(rows), nibble).T + offset
+
+    def zeros(index: np.ndarray) -> np.ndarray:
+        return _of_rows(qzeros.read(), index, nibble).T + offset
+
     # Our own groups are of at most 128 columns: a wider one is several with the same scale.
     own = gcd(group, GROUP_SIZE)
-    fmt = int4_format(own, zero_point_bits=4 if zeros.max() <= 15 else 8)
+    fmt = int4_format(own, zero_point_bits=4 if zeros(np.arange(rows)).max() <= 15 else 8)
 
     def parts(index: Rows) -> Parts:
         numbers = np.arange(rows)[index]
         scale = scales.read()[:, numbers].T
-        repeated = (np.repeat(part[..., None], group // own, axis=1) for part in (zeros[numbers], scale))
+        repeated = (np.repeat(part[..., None], group // own, axis=1) for part in (zeros(numbers), scale))
         zero_point, scale = repeated
         found = codes(numbers).astype(np.uint8).reshape(len(numbers), -1, own)
         return found, zero_point.astype(np.uint8), np.ascontiguousarray(scale)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from command_line import Run, run  # noqa: F401
 from conversions import listing
-from golden_cases import V1, V2, Opener, each_small, open_compiled  # noqa: F401
+from golden_cases import V1, Opener, each_small, open_compiled, stored_weights, write_checkpoint  # noqa: F401
 from golden_sets import each_ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -353,6 +353,36 @@ def test_bad_texts(name, contents, options, message, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("tokens", [32, 50, 64, 71, 97])
+def test_last_sequence_has_all_that_is_given_or_is_not_there(tokens, tmp_path: Path):
+    """Any number of tokens, in a vocabulary whose sequences must have `<sop>`."""
+    text = tmp_path / "poems.jsonl"
+    text.write_text("\n".join(json.dumps({"text": verse}) for verse in VERSE))
+    config = load_config(V1.checkpoint)
+    given = (5, 6, 7, 8, config.gmask_token_id, config.bos_token_id)
+    tokenizer = SimpleNamespace(
+        encode=lambda text, add_special_tokens=True: list(given) if not text else list(text.encode())
+    )
+    calibration = Calibration(source=Source(text), tokens=tokens, window=32)
+    sequences = calibration.sequences(tokenizer, config)
+    assert tokens - len(given) <= sum(map(len, sequences)) <= tokens
+    assert all(tuple(ids[: len(given)]) == given and len(ids) > len(given) for ids in sequences)
+    said = [int(i) for ids in sequences for i in ids[len(given) :]]
+    assert said == list("".join(VERSE).encode())[: len(said)]
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path):
+    """An embedding row that the text meets: the error names the first layer's input, nothing hangs or stays."""
+    weights = stored_weights(DEMO)
+    weights["transformer.embedding.word_embeddings.weight"][:] = np.nan
+    broken = write_checkpoint(tmp_path / "broken", DEMO, weights)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (broken / name).write_bytes((DEMO / name).read_bytes())
+    with pytest.raises(ChatGLMError, match=r"input of .*query_key_value.weight is infinite or not a number"):
+        convert(broken, tmp_path / "out", ("int4",), calibration=Calibration(tokens=512), progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
 def test_bad_arguments(tmp_path: Path, run: Run):
     with pytest.raises(ChatGLMError, match=r"calibration methods is \('magic',\), expected any of awq, gptq"):
         Calibration(("magic",))
@@ -370,7 +400,7 @@ def test_bad_arguments(tmp_path: Path, run: Run):
 
 def test_killed_calibration_starts_again(tmp_path: Path):
     """Half-way through its weights; the next one clears up what is left and gives what an undisturbed one gives."""
-    arguments = ["convert", DEMO, tmp_path / "out", "--weight-format", "int4", "--awq"]
+    arguments = ["convert", DEMO, tmp_path / "out", "--weight-format", "int4", "--awq", "--calibration-tokens", 4096]
     command = [sys.executable, "-c", "from chatglm_ov.cli.main import main; main()", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(list(tmp_path.rglob("*.safetensors"))) < 3 and process.poll() is None:
@@ -380,7 +410,7 @@ def test_killed_calibration_starts_again(tmp_path: Path):
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".out.partial-")
     for name in ("out", "undisturbed"):
-        convert(DEMO, tmp_path / name, ("int4",), calibration=Calibration(("awq",)), progress=False)
+        convert(DEMO, tmp_path / name, ("int4",), calibration=Calibration(("awq",), tokens=4096), progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
     files = [tmp_path / name / "int4" / "openvino_model.bin" for name in ("out", "undisturbed")]
     assert files[0].read_bytes() == files[1].read_bytes()

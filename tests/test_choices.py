@@ -193,6 +193,7 @@ def test_what_cannot_be_packed_is_refused(tmp_path: Path):
         ("[]", "contents is a JSON list, expected an object of pattern: format"),
         ('{"*": 4}', "contents is a JSON dict, expected an object of pattern: format"),
         ('{"*": "int5"}', r"layer_formats of '\*' is 'int5', expected one of"),
+        ('{"*.layer.0.*": "int8"}', r"layer_formats is '\*.layer.0.\*', expected a pattern of linear weights"),
     ],
     ids=str,
 )

@@ -110,7 +110,7 @@ def test_what_is_no_text_is_refused(name: str, contents: bytes, told: str, token
 def test_a_file_that_is_not_there_and_a_prompt_without_fields(tmp_path: Path) -> None:
     with pytest.raises(ChatGLMError, match=r"file is missing"):
         Source(tmp_path / "a.txt").check()
-    with pytest.raises(ChatGLMError, match=r"--prompt: data is a.txt, expected a .jsonl"):
+    with pytest.raises(ChatGLMError, match=r"prompt: data is a.txt, expected a .jsonl"):
         Source(written(tmp_path / "a.txt", "a"), prompt="x").check()
 
 

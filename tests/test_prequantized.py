@@ -340,6 +340,7 @@ def nothing(stored: Tensors) -> None:
 
 
 GPTQ = LAYOUTS["gptq"]
+PLAIN = Layout(lambda name, weight: {name: weight}, lambda stored, name: stored[name], {})
 REFUSED = [
     (GPTQ, act_order, {}, r"g_idx is groups of scattered columns, expected groups of 32 neighbours: act-order"),
     (GPTQ, without("scales"), {}, r"scales is missing, expected a tensor of float16"),
@@ -359,6 +360,7 @@ REFUSED = [
     (LAYOUTS["chatglm2-int4"], nothing, quantization("gptq"), "quant_method is 'gptq', expected a checkpoint that has"),
     (LAYOUTS["chatglm2-int4"], short("weight_scale"), {}, r"shape of .*weight_scale is \[248\], expected \[256\]"),
     (LAYOUTS["chatglm2-int4"], nothing, {"quantization_bit": 3}, "quantization_bit is 3"),
+    (PLAIN, nothing, {"quantization_bit": 4}, "quantization_bit is 4, expected a checkpoint that has .weight_scale"),
 ]
 
 

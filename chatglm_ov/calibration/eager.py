@@ -21,6 +21,9 @@ from chatglm_ov.models import architecture
 CHUNK = 1024
 """Tokens of one inference of a word that looks at each token alone."""
 
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+"""Properties of the CPU plugin with which it rounds nothing."""
+
 Observer = Callable[[str, np.ndarray], None]
 """Called with the name of each linear weight and its input, float32 [T, K], before the weight is used."""
 
@@ -112,17 +115,20 @@ class EagerLowering:
 
     def _each_token(self, word: Word, *values: np.ndarray) -> np.ndarray:
         request = self._compiled(word, *(value.shape[1] for value in values)).create_infer_request()
-        chunks = []
+        made = np.empty((0, 0), np.float32)
         for start in range(0, len(values[0]), CHUNK):
             fed = {f"x{i}": value[None, start : start + CHUNK] for i, value in enumerate(values)}
-            chunks.append(request.infer(fed)["logits"][0].copy())
-        return np.concatenate(chunks)
+            chunk = request.infer(fed)["logits"][0]
+            if start == 0:
+                made = np.empty((len(values[0]), chunk.shape[1]), np.float32)
+            made[start : start + len(chunk)] = chunk
+        return made
 
     def _compiled(self, word: Word, *features: int) -> ov.CompiledModel:
         graph = StockLowering(self.weights)
         values = [graph.input(f"x{i}", [-1, -1, count], np.float32) for i, count in enumerate(features)]
         model = graph.model(word(graph, *values), "word")
-        return self._core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return self._core.compile_model(model, "CPU", EXACT)
 
     def _sequence_inputs(self) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
         """Where the tokens of each sequence are, and the model inputs for them."""

@@ -32,12 +32,14 @@ def disk_bytes(config: ArchitectureConfig, choices: FormatChoices) -> int:
 def memory_bytes(config: ArchitectureConfig, choices: FormatChoices, tokens: int) -> int:
     """The larger of two moments. A layer's inputs are summed up and a weight chosen: the values of the text (the
     residual twice, the input of the layer), the weight three times, the second moments of its input four times over.
-    A layer is run: the same values, what it makes, and its weight as read, as a constant and as laid out."""
+    A layer, but not the LM head, is run: the same values, what it makes, and its weight as read, as a constant and as
+    laid out."""
     shapes = architecture(config).weight_shapes(config)
     needs = [0]
     for name in int4_weights(config, choices):
         rows, columns = shapes[name]
         values = tokens * (2 * config.hidden_size + columns)
         needs.append(4 * (values + 3 * rows * columns + 4 * columns**2))
-        needs.append(4 * (values + 2 * tokens * rows + 3 * rows * columns))
+        if rows != config.vocab_rows:
+            needs.append(4 * (values + tokens * rows + 3 * rows * columns))
     return LIBRARIES_BYTES + max(needs)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor as Values
 
@@ -21,6 +22,7 @@ from chatglm_ov.calibration.rounding import ROWS, Compensation, Grid, clipped, g
 from chatglm_ov.calibration.scaling import column_scales
 from chatglm_ov.checkpoint import Checkpoint, Rows, Tensor
 from chatglm_ov.config import ArchitectureConfig
+from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
 from chatglm_ov.models.folds import Fold
 from chatglm_ov.weight_files import open_weight_file
@@ -68,6 +70,8 @@ class _Choice:
 def _choose(
     tensor: Tensor, fmt: WeightFormat, moments: InputMoments, methods: Sequence[str], fold: Fold | None
 ) -> _Choice:
+    if not torch.isfinite(moments.second).all():
+        raise ChatGLMError(tensor.file, f"input of {tensor.name}", "infinite or not a number", "finite activations")
     weight = torch.from_numpy(checked(tensor, tensor.read(), fmt.largest))
     group = fmt.group_size(weight.shape[1])
     divisors: dict[str, np.ndarray] = {}
@@ -118,7 +122,11 @@ class _Chosen:
             "zero_point": grid.zero_point.to(torch.uint8).numpy(),
             "scale": grid.scale.half().numpy(),
         }
-        save_file(parts, file)
+        try:
+            save_file(parts, file)
+        except SafetensorError as error:
+            # All that the library says of a full disk.
+            raise OSError(str(error)) from error
         self._files[name] = choice.format, file
         self._divisors.update(choice.divisors)
 
@@ -140,7 +148,7 @@ class _Chosen:
             codes, zero_point, scale = (stored[part].view()[rows] for part in ("codes", "zero_point", "scale"))
             scale = scale.astype(np.float32)
             if divisors is not None:
-                scale = _divided(scale, rows, divisors).astype(np.float16).astype(np.float32)
+                scale = _float16(_divided(scale, rows, divisors))
             return unpack_u4(codes).reshape(len(codes), -1, fmt.group_size(columns)), zero_point.copy(), scale
 
         return QuantizedTensor(name, original.file, original.shape, fmt.name, original.nbytes, fmt, parts)
@@ -162,6 +170,12 @@ class _DividedTensor(Tensor):
 
     def read(self) -> np.ndarray:
         return self.rows(slice(None))
+
+
+def _float16(scale: np.ndarray) -> np.ndarray:
+    """The nearest float16 values that are neither 0 nor infinite, as float32."""
+    limits = np.finfo(np.float16)
+    return np.clip(scale, limits.smallest_subnormal, limits.max).astype(np.float16).astype(np.float32)
 
 
 def _divided(values: np.ndarray, rows: Rows, divisors: np.ndarray) -> np.ndarray:

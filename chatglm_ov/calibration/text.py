@@ -12,7 +12,6 @@ import numpy as np
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.evaluation.documents import Source
-from chatglm_ov.evaluation.windows import windows
 
 METHODS = ("awq", "gptq")
 POEMS = Source(Path(__file__).parent.parent / "demo" / "calibration.jsonl.xz", prompt="请背诵{author}的《{title}》。")
@@ -51,24 +50,30 @@ class Calibration:
         if limit is not None and self.window > limit:
             raise ChatGLMError("convert", "calibration window", self.window, f"at most {limit} (seq_length)")
         found, tokens = [], 0
-        for ids in self._windows(tokenizer):
+        for ids, given in self._windows(tokenizer):
             _check_ids(self.source.path, ids, config)
-            found.append(ids[: self.tokens - tokens])
-            tokens += len(found[-1])
-            if tokens == self.tokens:
-                break
+            kept = ids[: self.tokens - tokens]
+            # What is given is whole or not there: ChatGLM-6B needs the end of it.
+            if len(kept) > given:
+                found.append(kept)
+                tokens += len(kept)
+            if len(kept) < len(ids) or tokens == self.tokens:
+                return found
         if tokens < self.window:
             seen = f"{tokens} token{'s' if tokens != 1 else ''}"
             raise ChatGLMError(self.source.path, "text", seen, f"at least a window of {self.window}")
         return found
 
-    def _windows(self, tokenizer: Any) -> Iterator[np.ndarray]:
+    def _windows(self, tokenizer: Any) -> Iterator[tuple[np.ndarray, int]]:
+        """Pieces of each document, every token in one of them, and how many ids in front of each are given."""
         for document in self.source.read(tokenizer):
             room = self.window - len(document.given)
             if room < 2:
                 wanted = f"less than a window of {self.window}"
                 raise ChatGLMError(self.source.path, "prompt", f"{len(document.given)} tokens", wanted)
-            yield from (window.ids for window in windows(document, self.window, room - 1))
+            for start in range(0, len(document.ids), room):
+                ids = document.given + document.ids[start : start + room]
+                yield np.array(ids, np.int64), len(document.given)
 
 
 def _check_ids(path: Path, ids: np.ndarray, config: ArchitectureConfig) -> None:

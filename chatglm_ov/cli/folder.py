@@ -20,7 +20,9 @@ from chatglm_ov.weights.formats import FORMATS
 from chatglm_ov.weights.ir import IR_NAME
 
 TOKENIZER_FILES = ("ice_text.model", "tokenizer.model", "tokenizer.json")
-_NOT_SHAPE = {"bos_token_id", "eos_token_id", "pad_token_id", "rope_ratio_meaning"}
+_NOT_SHAPE = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "pre_seq_len", "quantization_bit", "rope_ratio_meaning",
+}  # fmt: skip
 
 
 def folder(path: Path) -> dict[str, Any]:

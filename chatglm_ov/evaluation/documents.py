@@ -48,7 +48,7 @@ class Source:
         if not self.path.is_file():
             raise ChatGLMError(self.path, "file", "missing", "a file of texts")
         if self.prompt is not None and ".jsonl" not in self.path.suffixes:
-            raise ChatGLMError("--prompt", "data", self.path.name, "a .jsonl file: it is asked before each object")
+            raise ChatGLMError("prompt", "data", self.path.name, "a .jsonl file: it is asked before each object")
 
     def documents(self, tokenizer: Any) -> list[Document]:
         """Raises ChatGLMError for what is no text, and if there is nothing to predict."""

@@ -65,7 +65,6 @@ class GraphLowering:
 
     def _gathered_embedding(self, parts: dict[str, ov.Node]) -> ov.Node:
         """Rows are gathered before they are decompressed, so that the table is never expanded."""
-
         rows = ops.gather(parts["weight"], self.input_ids, scalar(0))
         if parts["weight"].get_element_type() != ov.Type.f32:
             rows = ops.convert(rows, "f32")

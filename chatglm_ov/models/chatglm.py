@@ -71,22 +71,27 @@ def build(config: ChatGLMConfig, lowering: Lowering) -> Any:
     lowering.inputs(position_rows=2, prefix=True)
     x = lowering.embedding(EMBEDDING, tied=config.tie_word_embeddings)
     for i in range(config.num_layers):
-        x = _block(config, lowering, x, i, shape, rope, rows)
+        x = _attention(config, lowering, x, i, shape, rope, rows)
+        x = _mlp(config, lowering, x, i)
     x = lowering.layer_norm(x, FINAL_NORM, config.layernorm_epsilon)
     return lowering.model(lowering.lm_head(x, EMBEDDING if config.tie_word_embeddings else LM_HEAD), "chatglm")
 
 
-def _block(
+def _attention(
     config: ChatGLMConfig, g: Lowering, x: Any, i: int, shape: AttentionShape, rope: Rotary, rows: np.ndarray
 ) -> Any:
     prefix, eps = f"{LAYER}.{i}", config.layernorm_epsilon
     u = g.layer_norm(x, f"{prefix}.input_layernorm", eps)
     qkv = g.fully_connected(u, f"{prefix}.attention.query_key_value.weight", bias=True, rows=rows)
     context = g.attention(qkv, i, shape, rope)
-    y = g.fully_connected(
+    return g.fully_connected(
         context, f"{prefix}.attention.dense.weight", bias=True, residual=u, residual_scale=RESIDUAL_SCALE
     )
-    w = g.layer_norm(y, f"{prefix}.post_attention_layernorm", eps)
+
+
+def _mlp(config: ChatGLMConfig, g: Lowering, y: Any, i: int) -> Any:
+    prefix = f"{LAYER}.{i}"
+    w = g.layer_norm(y, f"{prefix}.post_attention_layernorm", config.layernorm_epsilon)
     inner = g.fully_connected(w, f"{prefix}.mlp.dense_h_to_4h.weight", bias=True, activation="gelu_tanh")
     return g.fully_connected(
         inner, f"{prefix}.mlp.dense_4h_to_h.weight", bias=True, residual=w, residual_scale=RESIDUAL_SCALE

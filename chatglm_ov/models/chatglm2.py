@@ -78,20 +78,25 @@ def build(config: ChatGLM2Config, lowering: Lowering) -> Any:
     lowering.inputs()
     x = lowering.embedding(EMBEDDING, tied=config.tie_word_embeddings)
     for i in range(config.num_layers):
-        x = _block(config, lowering, x, i, shape, rope, rows)
+        x = _attention(config, lowering, x, i, shape, rope, rows)
+        x = _mlp(config, lowering, x, i)
     x = lowering.rms_norm(x, FINAL_NORM, config.layernorm_epsilon)
     return lowering.model(lowering.lm_head(x, EMBEDDING if config.tie_word_embeddings else LM_HEAD), "chatglm2")
 
 
-def _block(
+def _attention(
     config: ChatGLM2Config, g: Lowering, x: Any, i: int, shape: AttentionShape, rope: Rotary, rows: np.ndarray
 ) -> Any:
     prefix, eps = f"{LAYER}.{i}", config.layernorm_epsilon
     u = g.rms_norm(x, f"{prefix}.input_layernorm.weight", eps)
     qkv = g.fully_connected(u, f"{prefix}.self_attention.query_key_value.weight", bias=config.add_qkv_bias, rows=rows)
     context = g.attention(qkv, i, shape, rope)
-    y = g.fully_connected(context, f"{prefix}.self_attention.dense.weight", residual=x)
-    w = g.rms_norm(y, f"{prefix}.post_attention_layernorm.weight", eps)
+    return g.fully_connected(context, f"{prefix}.self_attention.dense.weight", residual=x)
+
+
+def _mlp(config: ChatGLM2Config, g: Lowering, y: Any, i: int) -> Any:
+    prefix = f"{LAYER}.{i}"
+    w = g.rms_norm(y, f"{prefix}.post_attention_layernorm.weight", config.layernorm_epsilon)
     gated = g.fully_connected(w, f"{prefix}.mlp.dense_h_to_4h.weight", activation="silu_gate")
     return g.fully_connected(gated, f"{prefix}.mlp.dense_4h_to_h.weight", residual=y)
 

@@ -19,7 +19,8 @@ FORMAT_VERSION = 1
 """Version of the layout of a converted folder and of the constants in it; checked at load."""
 
 RT_INFO = "chatglm_ov"
-"""Name of what an IR tells about itself: format_version, weight_format, ops, and packing_version with fused ones."""
+"""Name of what an IR tells about itself: format_version, weight_format, ops, packing_version with
+fused ones, and the methods of a calibration."""
 
 DECOMPRESSION_SUFFIX = ".decompressed"
 """Friendly names with this ending mark the Convert of a weight that is stored in bf16."""
