@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -294,16 +295,31 @@ VERSE = (
 )
 
 
-def test_calibration_is_told_and_repeatable(tmp_path: Path):
+def demo_like(folder: Path, weights: dict[str, np.ndarray], **fields: Any) -> Path:
+    """A checkpoint with the demo model's config.json and tokenizer."""
+    write_checkpoint(folder, DEMO, weights, **fields)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (folder / name).write_bytes((DEMO / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model cut off behind its second layer: quicker to calibrate."""
+    weights = {name: w for name, w in stored_weights(DEMO).items() if not re.search(r"\.layers\.[2-9]\.", name)}
+    return demo_like(tmp_path_factory.mktemp("demo") / "two-layers", weights, num_layers=2)
+
+
+def test_calibration_is_told_and_repeatable(two_layers: Path, tmp_path: Path):
     for name in ("first", "second"):
-        convert(DEMO, tmp_path / name, ("int4", "int8"), calibration=_tiny(tmp_path), progress=False)
+        convert(two_layers, tmp_path / name, ("int4", "int8"), calibration=_tiny(tmp_path), progress=False)
     files = [tmp_path / name / "int4" / "openvino_model.bin" for name in ("first", "second")]
     assert files[0].read_bytes() == files[1].read_bytes()
     model = load_model(tmp_path / "first", "int4").model
     assert model.get_rt_info(["chatglm_ov", "calibration"]).astype(str) == "awq+gptq"
     assert not load_model(tmp_path / "first", "int8").model.has_rt_info(["chatglm_ov", "calibration"])
     assert listing(tmp_path / "first") == listing(tmp_path / "second")
-    plain_int8 = convert(DEMO, tmp_path / "plain", ("int8",), progress=False)
+    plain_int8 = convert(two_layers, tmp_path / "plain", ("int8",), progress=False)
     files = [folder / "int8" / "openvino_model.bin" for folder in (plain_int8, tmp_path / "first")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -314,14 +330,16 @@ def _tiny(folder: Path) -> Calibration:
     return Calibration(source=Source(text), tokens=256, window=128)
 
 
-def test_methods_and_text_by_the_command(tmp_path: Path, run: Run):
+def test_methods_and_text_by_the_command(two_layers: Path, tmp_path: Path, run: Run):
     text = tmp_path / "poems.jsonl"
     text.write_text("\n".join(json.dumps({"verse": verse, "author": "太宗皇帝"}) for verse in VERSE * 8))
     chosen = ["--calibration", text, "--calibration-field", "verse", "--calibration-prompt", "{author}"]
     labels = {"awq": ["--awq"], "gptq": ["--gptq"], "awq+gptq": []}
     for label, options in labels.items():
         out = tmp_path / label
-        done = run("convert", DEMO, out, "--weight-format", "int4", *options, *chosen, "--calibration-tokens", 600)
+        done = run(
+            "convert", two_layers, out, "--weight-format", "int4", *options, *chosen, "--calibration-tokens", 600
+        )
         assert done.code == 0, done.err
         assert load_model(out).model.get_rt_info(["chatglm_ov", "calibration"]).astype(str) == label
     contents = {(tmp_path / label / "int4" / "openvino_model.bin").read_bytes() for label in labels}
@@ -375,9 +393,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path):
     """An embedding row that the text meets: the error names the first layer's input, nothing hangs or stays."""
     weights = stored_weights(DEMO)
     weights["transformer.embedding.word_embeddings.weight"][:] = np.nan
-    broken = write_checkpoint(tmp_path / "broken", DEMO, weights)
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        (broken / name).write_bytes((DEMO / name).read_bytes())
+    broken = demo_like(tmp_path / "broken", weights)
     with pytest.raises(ChatGLMError, match=r"input of .*query_key_value.weight is infinite or not a number"):
         convert(broken, tmp_path / "out", ("int4",), calibration=Calibration(tokens=512), progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
@@ -398,9 +414,18 @@ def test_bad_arguments(tmp_path: Path, run: Run):
     assert not (tmp_path / "out").exists()
 
 
-def test_killed_calibration_starts_again(tmp_path: Path):
+def test_killed_calibration_starts_again(two_layers: Path, tmp_path: Path):
     """Half-way through its weights; the next one clears up what is left and gives what an undisturbed one gives."""
-    arguments = ["convert", DEMO, tmp_path / "out", "--weight-format", "int4", "--awq", "--calibration-tokens", 4096]
+    arguments = [
+        "convert",
+        two_layers,
+        tmp_path / "out",
+        "--weight-format",
+        "int4",
+        "--awq",
+        "--calibration-tokens",
+        4096,
+    ]
     command = [sys.executable, "-c", "from chatglm_ov.cli.main import main; main()", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(list(tmp_path.rglob("*.safetensors"))) < 3 and process.poll() is None:
@@ -410,7 +435,7 @@ def test_killed_calibration_starts_again(tmp_path: Path):
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".out.partial-")
     for name in ("out", "undisturbed"):
-        convert(DEMO, tmp_path / name, ("int4",), calibration=Calibration(("awq",), tokens=4096), progress=False)
+        convert(two_layers, tmp_path / name, ("int4",), calibration=Calibration(("awq",), tokens=4096), progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
     files = [tmp_path / name / "int4" / "openvino_model.bin" for name in ("out", "undisturbed")]
     assert files[0].read_bytes() == files[1].read_bytes()
