@@ -23,7 +23,8 @@ class FormatChoices:
 
     group_size: columns that share a scale in int4. lm_head_format: of the LM head, which in a tied model is the
     embedding. embedding_format: of an embedding that is not tied. layer_formats: format by a pattern of weight names,
-    such as `*.layers.0.*` (shell wildcards); the first pattern that fits counts. None: as `format_of` says.
+    such as `*.layers.0.*` (shell wildcards); the first pattern that fits counts. None: the
+    format of the model, int8 in an int4 model.
     """
 
     group_size: int = GROUP_SIZE
