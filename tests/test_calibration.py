@@ -270,16 +270,16 @@ def test_columns_of_one_maker_share_a_factor():
 
 
 @each_ops
-def test_calibrated_demo_is_nearer_to_the_original(ops, tmp_path: Path):
+def test_calibrated_demo_is_nearer_to_the_original(ops, two_layers: Path, tmp_path: Path):
     """KL divergence from f32 over poems that neither training nor calibration used; agreement with f32."""
     for name, options in (("plain", {}), ("chosen", {"calibration": Calibration(tokens=8192)})):
-        convert(DEMO, tmp_path / name, ("int4",), ops, progress=False, **options)
-    convert(DEMO, tmp_path / "f32", ("f32",), "stock", progress=False)
+        convert(two_layers, tmp_path / name, ("int4",), ops, progress=False, **options)
+    convert(two_layers, tmp_path / "f32", ("f32",), "stock", progress=False)
     texts = tmp_path / "poems.jsonl"
     texts.write_text(
         "\n".join(json.dumps({"author": "太宗皇帝", "title": "帝京篇十首", "text": text}) for text in VERSE)
     )
-    documents = Source(texts, prompt=POEMS.prompt).documents(load_tokenizer(DEMO))
+    documents = Source(texts, prompt=POEMS.prompt).documents(load_tokenizer(two_layers))
     reference = load_model(tmp_path / "f32", "f32", "f32")
     scores = [
         evaluate(load_model(tmp_path / name), reference, Windows(documents, 128, 64), lambda count: None)
