@@ -7,22 +7,25 @@ definition does not cover, is an error that names the field.
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.rope_scaling import RopeScaling
 
 
-class ArchitectureConfig(BaseModel, ABC):
+class ArchitectureConfig(BaseModel):
     """What the later parts may ask of every architecture, whatever its own field names are."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
     architecture: ClassVar[str]
     """Name of the module in `chatglm_ov.models` that defines the model."""
+    heads_field: ClassVar[str] = "num_key_value_heads"
+    head_dim_field: ClassVar[str] = "head_dim"
+    """Fields of the file that these two come from."""
 
     hidden_size: int = Field(gt=0)
     num_layers: int = Field(gt=0)
@@ -35,31 +38,32 @@ class ArchitectureConfig(BaseModel, ABC):
     # A trained prefix (P-Tuning) in front of the cache: not covered.
     pre_seq_len: Literal[0] | None = None
 
-    @property
-    @abstractmethod
-    def vocab_rows(self) -> int:
-        """Rows of the embedding and of the LM head."""
+    if TYPE_CHECKING:
+        # Fields of some architectures, computed by others.
 
-    @property
-    @abstractmethod
-    def num_key_value_heads(self) -> int:
-        """Heads of keys and values in the cache."""
+        @property
+        def vocab_rows(self) -> int:
+            """Rows of the embedding and of the LM head."""
 
-    @property
-    @abstractmethod
-    def head_dim(self) -> int:
-        """Features of one head."""
+        @property
+        def num_key_value_heads(self) -> int:
+            """Heads of keys and values in the cache."""
 
-    @property
-    @abstractmethod
-    def max_positions(self) -> int | None:
-        """Rows of the original's rotary table: positions from here on are refused. None: no limit."""
+        @property
+        def head_dim(self) -> int:
+            """Features of one head."""
+
+        @property
+        def max_positions(self) -> int | None:
+            """Positions from here on are refused: the original has no row for them in its rotary table. None: no
+            limit."""
 
 
 class ChatGLMConfig(ArchitectureConfig):
     """ChatGLM-6B (first generation). Defaults are those of the original class where the file may leave them out."""
 
     architecture: ClassVar[str] = "chatglm"
+    head_dim_field: ClassVar[str] = "hidden_size / num_attention_heads"
 
     vocab_size: int = Field(gt=0)
     inner_hidden_size: int = Field(gt=0)
@@ -106,6 +110,8 @@ class ChatGLM2Config(ArchitectureConfig):
     """ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2, GLM-4-9B and codegeex4 in the original (remote code) layout."""
 
     architecture: ClassVar[str] = "chatglm2"
+    heads_field: ClassVar[str] = "multi_query_group_num"
+    head_dim_field: ClassVar[str] = "kv_channels"
 
     padded_vocab_size: int = Field(gt=0)
     ffn_hidden_size: int = Field(gt=0)
@@ -119,6 +125,8 @@ class ChatGLM2Config(ArchitectureConfig):
     rope_ratio_meaning: RopeRatioMeaning = "base"
     """`position`: positions are divided by `rope_ratio` (chatglm2-6b-32k). `base`: the rotary base 10000 is
     multiplied by it (all others)."""
+    rope_scaling: RopeScaling | None = None
+    """No published file has it: longer contexts at the user's wish."""
     tie_word_embeddings: bool = False
     # Variants that no released model uses and that the definition does not cover.
     add_bias_linear: Literal[False] = False
@@ -154,7 +162,67 @@ class ChatGLM2Config(ArchitectureConfig):
 
     @property
     def max_positions(self) -> int | None:
-        return self.seq_length
+        return self.seq_length if self.rope_scaling is None else self.rope_scaling.positions(self.seq_length)
+
+
+class GlmConfig(ArchitectureConfig):
+    """`glm` of transformers: GLM-4-9B-chat-hf and GLM-Edge. Defaults are those of its class."""
+
+    architecture: ClassVar[str] = "glm"
+
+    num_layers: int = Field(gt=0, validation_alias="num_hidden_layers")
+    vocab_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_key_value_heads: int = Field(2, gt=0)
+    head_dim: int = Field(128, gt=0)
+    max_position_embeddings: int = Field(131072, gt=0)
+    rms_norm_eps: float = Field(1.5625e-07, gt=0)
+    attention_bias: bool = True
+    tie_word_embeddings: bool = False
+    hidden_act: Literal["silu"] = "silu"
+    rope_theta: float = Field(10000.0, gt=1)
+    partial_rotary_factor: float = Field(0.5, gt=0, le=1)
+    rope_scaling: RopeScaling | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rope_fields_of_both_spellings(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """transformers 5 has one object `rope_parameters`, 4 has `rope_theta`, `partial_rotary_factor` and an object
+        `rope_scaling`, which is about scaling only. What stands beside the object wins."""
+        given = fields.get("rope_parameters") or {}
+        if not isinstance(given, dict):
+            return {**fields, "rope_scaling": given}
+        base = {name: given[name] for name in ("rope_theta", "partial_rotary_factor") if given.get(name) is not None}
+        beside = {name: value for name, value in fields.items() if value is not None}
+        scaling = fields.get("rope_scaling") or given
+        if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type", "default")) == "default":
+            scaling = None
+        return {**base, **beside, "rope_scaling": scaling}
+
+    @property
+    def vocab_rows(self) -> int:
+        return self.vocab_size
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dims of a head that are rotated, the first ones."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def max_positions(self) -> int | None:
+        """With YaRN the files may still give the trained length."""
+        if self.rope_scaling is None:
+            return self.max_position_embeddings
+        return max(self.max_position_embeddings, self.rope_scaling.positions(self.max_position_embeddings))
+
+
+class Glm4Config(GlmConfig):
+    """`glm4` of transformers: GLM-4-0414 and GLM-Z1. The same fields as `glm`."""
+
+    architecture: ClassVar[str] = "glm4"
+
+
+_BY_MODEL_TYPE = {"glm": GlmConfig, "glm4": Glm4Config}
 
 
 def _config_class(fields: dict[str, Any], where: Path | str) -> type[ArchitectureConfig]:
@@ -165,7 +233,9 @@ def _config_class(fields: dict[str, Any], where: Path | str) -> type[Architectur
         if "inner_hidden_size" in fields or "position_encoding_2d" in fields:
             return ChatGLMConfig
         raise ChatGLMError(where, "padded_vocab_size / inner_hidden_size", "missing", "one of them")
-    raise ChatGLMError(where, "model_type", repr(model_type), "'chatglm'")
+    if isinstance(model_type, str) and model_type in _BY_MODEL_TYPE:
+        return _BY_MODEL_TYPE[model_type]
+    raise ChatGLMError(where, "model_type", repr(model_type), "'chatglm', 'glm' or 'glm4'")
 
 
 def parse_config(fields: dict[str, Any], where: Path | str = "config.json") -> ArchitectureConfig:
@@ -181,23 +251,29 @@ def parse_config(fields: dict[str, Any], where: Path | str = "config.json") -> A
 def _field_error(where: Path | str, fields: dict[str, Any], error: ValidationError) -> ChatGLMError:
     """The first field that is wrong. Of a union pydantic reports every branch that failed."""
     failures = error.errors()
-    field = str(failures[0]["loc"][0])
-    if field not in fields:
+    where_in_file = failures[0]["loc"]
+    # Behind the field's name a union has that of the branch.
+    nested = where_in_file[0] == "rope_scaling" and len(where_in_file) > 1
+    field = ".".join(map(str, where_in_file if nested else where_in_file[:1]))
+    if failures[0]["type"] == "missing":
         return ChatGLMError(where, field, "missing", "a value")
-    messages = dict.fromkeys(failure["msg"] for failure in failures if failure["loc"][0] == field)
+    messages = dict.fromkeys(failure["msg"] for failure in failures if failure["loc"][0] == where_in_file[0])
     wanted = " or ".join(message.removeprefix("Input should be ") for message in messages)
-    return ChatGLMError(where, field, repr(fields[field]), wanted)
+    seen = failures[0]["input"] if nested else fields.get(field, failures[0]["input"])
+    return ChatGLMError(where, field, repr(seen), wanted)
 
 
 def _check_heads(config: ArchitectureConfig, where: Path | str) -> None:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
-        raise ChatGLMError(where, "multi_query_group_num", groups, f"a divisor of num_attention_heads {heads}")
+        raise ChatGLMError(where, config.heads_field, groups, f"a divisor of num_attention_heads {heads}")
     if config.architecture == "chatglm" and config.hidden_size % heads:
         raise ChatGLMError(where, "hidden_size", config.hidden_size, f"a multiple of num_attention_heads {heads}")
     if config.head_dim % 4:
-        field = "hidden_size / num_attention_heads" if config.architecture == "chatglm" else "kv_channels"
-        raise ChatGLMError(where, field, config.head_dim, "a multiple of 4")
+        raise ChatGLMError(where, config.head_dim_field, config.head_dim, "a multiple of 4")
+    if isinstance(config, GlmConfig) and (config.rotary_dim % 2 or config.rotary_dim < 4):
+        seen = f"{config.partial_rotary_factor} of head_dim {config.head_dim}"
+        raise ChatGLMError(where, "partial_rotary_factor", seen, "an even number of dims, at least 4")
 
 
 def read_config_json(folder: Path | str) -> dict[str, Any]:

@@ -31,15 +31,15 @@ import psutil
 from tqdm import tqdm
 
 from chatglm_ov.checkpoint import Checkpoint
-from chatglm_ov.config import ArchitectureConfig, RopeRatioMeaning, parse_config, read_config_json
+from chatglm_ov.config import ArchitectureConfig, GlmConfig, RopeRatioMeaning, parse_config, read_config_json
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.lowering import Lowering
-from chatglm_ov.models import architecture
+from chatglm_ov.model_weights import model_weights
+from chatglm_ov.models import architecture, graph_shapes
 from chatglm_ov.native import native, unavailable
 from chatglm_ov.prequantized import CONFIG_FIELDS, open_checkpoint
 from chatglm_ov.sizes import size
 from chatglm_ov.tokenizer import save_tokenizer_files
-from chatglm_ov.weight_files import FLOATS
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
 from chatglm_ov.weights.file import WeightsFile
 from chatglm_ov.weights.formats import FORMATS
@@ -90,6 +90,8 @@ def convert(
     choices: FormatChoices = DEFAULT_CHOICES,
     calibration: Calibration | None = None,
     rope_ratio_meaning: RopeRatioMeaning | None = None,
+    rope_theta: float | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -102,18 +104,22 @@ def convert(
     OpenVINO's own operations; `fused` from those of the native library, and is `stock`, with a warning, where that
     cannot be used.
     rope_ratio_meaning: `position` or `base`, where the checkpoint's config.json does not tell (see
-    `ChatGLM2Config`). overwrite: replace a non-empty `output`. Returns `output`.
+    `ChatGLM2Config`). rope_theta: the rotary base of `glm` and `glm4` models where config.json has a wrong one.
+    rope_scaling: for contexts that are longer than those the model was trained on, fields as in config.json:
+    {"rope_type": "yarn", "factor": 4.0} (also "linear", "ntk"), not for ChatGLM-6B. overwrite: replace a non-empty
+    `output`. Returns `output`.
 
     Raises ChatGLMError for anything that is wrong with the arguments, the checkpoint or the disk; then nothing is
     left behind.
     """
     source, target = Path(checkpoint), Path(output)
-    fields = _config_fields(source, rope_ratio_meaning)
+    fields = _config_fields(source, rope_ratio_meaning, rope_theta, rope_scaling)
     config = parse_config(fields, source / "config.json")
+    _warn_of_doubtful_base(config)
     _check_arguments(source, target, weight_formats, ops, overwrite)
     ops = available_ops(ops)
     with open_checkpoint(source, fields) as weights:
-        _verify(config, weights)
+        weights = model_weights(config, weights)
         _check_calibration(weights, weight_formats, calibration)
         plan = make_plan(config, weights, weight_formats, ops, choices, calibration)
         log.info("%s", plan)
@@ -200,8 +206,7 @@ def plan_conversion(
     fields = read_config_json(checkpoint)
     config = parse_config(fields, Path(checkpoint) / "config.json")
     with open_checkpoint(Path(checkpoint), fields) as weights:
-        _verify(config, weights)
-        return make_plan(config, weights, weight_formats, available_ops(ops))
+        return make_plan(config, model_weights(config, weights), weight_formats, available_ops(ops))
 
 
 def make_plan(
@@ -214,7 +219,7 @@ def make_plan(
 ) -> Plan:
     """Sizes follow from the shapes; memory is the interpreter with its libraries and a few blocks of rows, or what a
     calibration needs."""
-    shapes = architecture(config).weight_shapes(config)
+    shapes = graph_shapes(config)
     _check_patterns(config, choices)
     formats = tuple(dict.fromkeys(weight_formats))
     read = sum(weights.nbytes(name) for name in shapes) * len(formats)
@@ -231,7 +236,7 @@ def make_plan(
 
 def _check_patterns(config: ArchitectureConfig, choices: FormatChoices) -> None:
     module = architecture(config)
-    shapes = module.weight_shapes(config)
+    shapes = graph_shapes(config)
     layers = [n for n, shape in shapes.items() if len(shape) == 2 and n not in (module.EMBEDDING, module.LM_HEAD)]
     for pattern in choices.layer_formats:
         if not fnmatch.filter(layers, pattern):
@@ -243,7 +248,7 @@ def _stored_bytes(
     config: ArchitectureConfig, weights: Checkpoint, weight_format: str, ops: str, choices: FormatChoices
 ) -> int:
     module = architecture(config)
-    shapes = module.weight_shapes(config)
+    shapes = graph_shapes(config)
     tied = module.LM_HEAD not in shapes
     total = 0
     for name, shape in shapes.items():
@@ -262,11 +267,41 @@ def _stored_bytes(
     return total
 
 
-def _config_fields(source: Path, rope_ratio_meaning: str | None) -> dict[str, Any]:
+def _config_fields(
+    source: Path,
+    rope_ratio_meaning: str | None = None,
+    rope_theta: float | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Contents of config.json with what the caller knows better."""
     fields = read_config_json(source)
-    if rope_ratio_meaning is not None:
-        fields["rope_ratio_meaning"] = rope_ratio_meaning
+    given = {
+        "rope_ratio_meaning": rope_ratio_meaning,
+        "rope_theta": rope_theta,
+        "rope_scaling": None if rope_scaling is None else dict(rope_scaling),
+    }
+    config_class = type(parse_config(fields, source / "config.json"))
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in config_class.model_fields:
+            raise ChatGLMError("convert", name, value, f"not given: {config_class.architecture} models have none")
+        fields[name] = value
     return fields
+
+
+def _warn_of_doubtful_base(config: ArchitectureConfig) -> None:
+    """The published files of GLM-4-9B-chat-hf have lost the factor of their rotary base (model-family 1.3)."""
+    if config.architecture != "glm" or not isinstance(config, GlmConfig):
+        return
+    if config.max_position_embeddings >= 131072 and config.rope_theta == 10000:
+        trained = "1e8" if config.max_position_embeddings > 131072 else "5e6"
+        log.warning(
+            "rope_theta is 10000 in config.json, which is what transformers computes with; the same weights in their "
+            "original layout were trained with %s. --rope-theta %s converts with that.",
+            trained,
+            trained,
+        )
 
 
 def _check_arguments(source: Path, target: Path, weight_formats: Sequence[str], ops: str, overwrite: bool) -> None:
@@ -287,17 +322,6 @@ def _check_arguments(source: Path, target: Path, weight_formats: Sequence[str], 
         raise ChatGLMError(target, "output", "a mount point, which cannot be renamed to", "a folder in it")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ChatGLMError(target, "output", "not empty", "a new or empty folder, or --overwrite")
-
-
-def _verify(config: ArchitectureConfig, weights: Checkpoint) -> None:
-    module = architecture(config)
-    shapes = module.weight_shapes(config)
-    weights.verify(shapes, ignored=lambda name: module.is_ignored(config, name))
-    for name in shapes:
-        quantized = len(shapes[name]) == 2 and isinstance(weights[name], QuantizedTensor)
-        if weights.dtype(name) not in FLOATS and not quantized:
-            wanted = f"one of {', '.join(FLOATS)}"
-            raise ChatGLMError(weights[name].file, f"dtype of {name}", weights.dtype(name), wanted)
 
 
 def _check_disk(plan: Plan, target: Path) -> None:

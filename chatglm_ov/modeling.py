@@ -28,6 +28,8 @@ _LEFT_OUT = {
     "auto_map",
     "dtype",
     "quantization_config",
+    "rope_parameters",
+    "rope_scaling",
     "torch_dtype",
     "transformers_version",
 }

@@ -91,7 +91,10 @@ def _mean_and_std(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 
 def _rotary_frequencies(config: ArchitectureConfig, dtype: np.dtype) -> Iterator[RandomTensor]:
-    """The buffers that the originals store and do not load: ChatGLM-6B one for each layer, the others one."""
+    """The buffers that the originals store and do not load: ChatGLM-6B one for each layer, the later ones with code
+    of their own one, those of transformers none."""
+    if config.architecture in ("glm", "glm4"):
+        return
     pairs = config.head_dim // 4
     values = 10000.0 ** (-np.arange(pairs, dtype=np.float32) / pairs)
     names = ["transformer.rotary_pos_emb.inv_freq"]

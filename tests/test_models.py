@@ -32,6 +32,11 @@ from chatglm_ov.presets import config_json
         ("codegeex2-6b", {}, 6_243_584_000, 200 - 1),
         ("glm-4-9b-chat", {}, 9_399_951_360, 284 - 1),
         ("glm-4-9b-chat-1m", {}, 9_483_857_920, 284 - 1),
+        ("glm-4-9b-chat-hf", {}, 9_399_951_360, 443),
+        ("glm-edge-1.5b-chat", {}, 1_472_055_296, 227 - 1),
+        ("glm-edge-4b-chat", {}, 4_327_984_128, 323),
+        ("glm-4-9b-0414", {}, 9_400_279_040, 523),
+        ("glm-4-32b-0414", {}, 32_566_081_536, 613),
     ],
 )
 def test_parameters_of_released_models(preset, changes, parameters, tensors):

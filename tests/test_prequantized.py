@@ -20,12 +20,14 @@ import pytest
 from command_line import Run, run  # noqa: F401
 from golden_cases import V1, V2, own_prompt, write_checkpoint
 from golden_sets import each_ops
+from safetensors.numpy import save_file
 
 from chatglm_ov import ChatGLMError, convert
 from chatglm_ov.calibration.text import Calibration
 from chatglm_ov.config import parse_config, read_config_json
 from chatglm_ov.models import architecture
 from chatglm_ov.native import native
+from chatglm_ov.presets import config_json
 from chatglm_ov.runtime import load_model, read_ir
 from chatglm_ov.weights.choices import FormatChoices
 
@@ -276,6 +278,32 @@ def test_model_is_the_f32_model_of_the_values(ops, layout, tmp_path: Path):
     logits = [own_prompt(ids, model).feed(model.create_request()) for model in models]
     tolerance = 1e-4 if ops == "stock" else 4 * 2**-15
     np.testing.assert_allclose(*logits, rtol=0, atol=tolerance * np.abs(logits[1]).max())
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+@each_ops
+def test_stacked_weights_keep_their_codes(ops, layout, tmp_path: Path):
+    """Query, key and value weights quantized apart, with zero points of 4 and of 8 bits, are one afterwards."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32, "intermediate_size": 192}
+    fields = config_json("glm-4-9b-chat-hf", num_hidden_layers=1, vocab_size=256, **sizes) | LAYOUTS[layout].fields
+    rng = np.random.default_rng(0)
+    stored: Tensors = {}
+    for name, shape in architecture(config := parse_config(fields)).weight_shapes(config).items():
+        weight = (0.05 * rng.standard_normal(shape)).astype(np.float16)
+        if name.endswith("_proj.weight"):
+            wide = layout == "gptq" and "k_proj" in name
+            write = gptq(32, (1, 16)) if wide else gptq(32, (1, 15)) if layout == "gptq" else awq(32)
+            stored |= write(name, weight.astype(np.float32))
+        else:
+            stored[name] = weight
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(fields))
+    save_file(stored, tmp_path / "checkpoint" / "model.safetensors")
+    convert(tmp_path / "checkpoint", tmp_path / "out", ("int4",), ops, progress=False)
+    layer = "model.layers.0.self_attn"
+    values = np.concatenate([LAYOUTS[layout].read(stored, f"{layer}.{part}_proj.weight") for part in "qkv"])
+    found = converted_values(tmp_path / "out/int4/openvino_model.xml", f"{layer}.qkv_proj.weight", values.shape)
+    assert rows_in_any_order(found) == rows_in_any_order(values)
 
 
 @each_ops

@@ -24,6 +24,16 @@ from chatglm_ov.random_weights import RandomTensor, stored_tensors
         ("codegeex2-6b", 200, 12_487_168_064),
         ("glm-4-9b-chat", 284, 2 * 9_399_951_360 + 64),
         ("glm-4-9b-chat-1m", 284, 2 * 9_483_857_920 + 64),
+        ("codegeex4-all-9b", 284, 2 * 9_399_951_360 + 64),
+        ("glm-4-9b-chat-hf", 443, 2 * 9_399_951_360),
+        ("glm-4-9b-chat-1m-hf", 443, 2 * 9_483_857_920),
+        # Its head is tied, and in the file all the same.
+        ("glm-edge-1.5b-chat", 227, 2 * 1_593_427_968),
+        ("glm-edge-4b-chat", 323, 2 * 4_327_984_128),
+        ("glm-4-9b-0414", 523, 2 * 9_400_279_040),
+        ("glm-z1-9b-0414", 523, 2 * 9_400_279_040),
+        ("glm-4-32b-0414", 613, 2 * 32_566_081_536),
+        ("glm-z1-32b-0414", 613, 2 * 32_566_081_536),
     ],
 )
 def test_preset_has_the_size_of_the_released_checkpoint(preset: str, count: int, nbytes: int) -> None:
@@ -34,7 +44,7 @@ def test_preset_has_the_size_of_the_released_checkpoint(preset: str, count: int,
 
 
 def test_every_preset_is_covered_and_understood() -> None:
-    assert len(PRESETS) == 9
+    assert len(PRESETS) == 18
     meanings = {}
     for preset in PRESETS:
         config = parse_config(config_json(preset))
@@ -48,6 +58,7 @@ def test_every_preset_is_covered_and_understood() -> None:
         "chatglm3-6b-128k": "base",
         "glm-4-9b-chat": "base",
         "glm-4-9b-chat-1m": "base",
+        "codegeex4-all-9b": "base",
     }
     assert {preset: meaning for preset, meaning in meanings.items() if meaning} == ratios
 

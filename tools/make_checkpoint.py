@@ -33,16 +33,17 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 TOKENIZER_FILES = ("ice_text.model", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 
-# Options for sizes: the config field of ChatGLM-6B, and of the later models. None: there is no such field.
+# Options for sizes: the config field of ChatGLM-6B, of the later models in the original layout, and of those of
+# transformers. None: there is no such field.
 SIZES = {
-    "layers": ("num_layers", "num_layers"),
-    "hidden_size": ("hidden_size", "hidden_size"),
-    "vocab_size": ("vocab_size", "padded_vocab_size"),
-    "ffn_hidden_size": ("inner_hidden_size", "ffn_hidden_size"),
-    "num_attention_heads": ("num_attention_heads", "num_attention_heads"),
-    "kv_channels": (None, "kv_channels"),
-    "multi_query_group_num": (None, "multi_query_group_num"),
-    "seq_length": ("max_sequence_length", "seq_length"),
+    "layers": ("num_layers", "num_layers", "num_hidden_layers"),
+    "hidden_size": ("hidden_size", "hidden_size", "hidden_size"),
+    "vocab_size": ("vocab_size", "padded_vocab_size", "vocab_size"),
+    "ffn_hidden_size": ("inner_hidden_size", "ffn_hidden_size", "intermediate_size"),
+    "num_attention_heads": ("num_attention_heads", "num_attention_heads", "num_attention_heads"),
+    "kv_channels": (None, "kv_channels", "head_dim"),
+    "multi_query_group_num": (None, "multi_query_group_num", "num_key_value_heads"),
+    "seq_length": ("max_sequence_length", "seq_length", "max_position_embeddings"),
 }
 
 
@@ -199,7 +200,8 @@ def parse_field(text: str) -> tuple[str, Any]:
 
 def config_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     """The preset's config.json with the sizes and fields of the command line."""
-    generation = 0 if "inner_hidden_size" in PRESETS[arguments.preset] else 1
+    marks = ("inner_hidden_size", "ffn_hidden_size", "intermediate_size")
+    generation = next(i for i, mark in enumerate(marks) if mark in PRESETS[arguments.preset])
     overrides = {"torch_dtype": arguments.dtype} if arguments.dtype else {}
     for option, names in SIZES.items():
         value, name = getattr(arguments, option), names[generation]

@@ -19,9 +19,9 @@ from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.conversion import Plan, convert_weights, make_plan
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.models import architecture
+from chatglm_ov.model_weights import model_weights
 from chatglm_ov.prequantized import open_checkpoint
-from chatglm_ov.presets import config_json
+from chatglm_ov.presets import config_json, layers_field
 from chatglm_ov.runtime import weight_formats
 from chatglm_ov.sizes import size
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
@@ -51,7 +51,8 @@ class Source:
 
     def weights(self) -> Checkpoint:
         """The weights to convert. Use as a context manager."""
-        return RandomWeights(self.fields) if self.folder is None else open_checkpoint(self.folder, self.fields)
+        stored = RandomWeights(self.fields) if self.folder is None else open_checkpoint(self.folder, self.fields)
+        return model_weights(self.config, stored)
 
     def plan(self, weights: Checkpoint, weight_format: str, ops: str) -> Plan:
         """What converting them to a format takes."""
@@ -61,7 +62,7 @@ class Source:
 def from_preset(preset: str, layers: int | None = None) -> Source:
     """Random weights at a released model's shapes, with fewer layers if asked for."""
     name = preset if layers is None else f"{preset}, {layers} layers"
-    return Source(name, config_json(preset, **({} if layers is None else {"num_layers": layers})))
+    return Source(name, config_json(preset, **({} if layers is None else {layers_field(preset): layers})))
 
 
 def from_folder(folder: Path) -> Source:
@@ -80,8 +81,6 @@ def check_disk(source: Source, formats: Sequence[str], lowerings: Sequence[str],
     if not folder.is_dir():
         raise ChatGLMError(folder, "work folder", "missing", "a folder")
     with source.weights() as weights:
-        module, config = architecture(source.config), source.config
-        weights.verify(module.weight_shapes(config), ignored=lambda name: module.is_ignored(config, name))
         needed = max(sum(source.plan(weights, name, ops).disk_bytes for ops in lowerings) for name in formats)
     free = psutil.disk_usage(str(folder)).free
     if free < needed:

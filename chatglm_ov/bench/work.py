@@ -10,7 +10,7 @@ from math import prod
 import openvino as ov
 
 from chatglm_ov.config import ArchitectureConfig
-from chatglm_ov.models import architecture
+from chatglm_ov.models import architecture, graph_shapes
 
 ELEMENT_BYTES = {"f32": 4, "bf16": 2, "int8": 1}
 
@@ -19,7 +19,7 @@ def weight_bytes(model: ov.Model, config: ArchitectureConfig) -> int:
     """Bytes of weights that every step reads, as they are stored: all but the embedding, of which it reads a row a
     token; a tied one is the LM head as well and counts."""
     module = architecture(config)
-    names = set(module.weight_shapes(config))
+    names = set(graph_shapes(config))
     if module.LM_HEAD in names:
         names.discard(module.EMBEDDING)
     total = 0
@@ -42,7 +42,7 @@ def prompt_operations(config: ArchitectureConfig, tokens: int, rows: int) -> int
     """Operations (2 a multiply-add) of a prompt of T tokens in B rows: linear layers, the LM head for the last token,
     scores and context of attention. A token sees those before it, in ChatGLM-6B the whole prompt."""
     module = architecture(config)
-    shapes = module.weight_shapes(config)
+    shapes = graph_shapes(config)
     matrices = {name: prod(shape) for name, shape in shapes.items() if len(shape) == 2}
     head = matrices.pop(module.LM_HEAD, matrices[module.EMBEDDING])
     del matrices[module.EMBEDDING]

@@ -74,6 +74,9 @@ class EagerLowering:
     def layer_norm(self, x: np.ndarray, name: str, eps: float) -> np.ndarray:
         return self._each_token(lambda g, x: g.layer_norm(x, name, eps), x)
 
+    def add(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return x + y
+
     def fully_connected(
         self,
         x: np.ndarray,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chatglm_ov.config import ArchitectureConfig
-from chatglm_ov.models import architecture
+from chatglm_ov.models import architecture, graph_shapes
 from chatglm_ov.weights.choices import FormatChoices
 from chatglm_ov.weights.formats import WeightFormat
 
@@ -14,7 +14,7 @@ LIBRARIES_BYTES = 300_000_000
 def int4_weights(config: ArchitectureConfig, choices: FormatChoices) -> dict[str, WeightFormat]:
     """The weights of an int4 model that are int4, by name."""
     module = architecture(config)
-    shapes = {name: shape for name, shape in module.weight_shapes(config).items() if len(shape) == 2}
+    shapes = {name: shape for name, shape in graph_shapes(config).items() if len(shape) == 2}
     head = module.LM_HEAD if module.LM_HEAD in shapes else module.EMBEDDING
     columns = shapes.pop(head)[1]
     shapes.pop(module.EMBEDDING, None)
@@ -25,7 +25,7 @@ def int4_weights(config: ArchitectureConfig, choices: FormatChoices) -> dict[str
 
 def disk_bytes(config: ArchitectureConfig, choices: FormatChoices) -> int:
     """Of the files of what is chosen, which are there until the model is written."""
-    shapes = architecture(config).weight_shapes(config)
+    shapes = graph_shapes(config)
     return sum(fmt.nbytes(shapes[name]) for name, fmt in int4_weights(config, choices).items())
 
 
@@ -34,7 +34,7 @@ def memory_bytes(config: ArchitectureConfig, choices: FormatChoices, tokens: int
     residual twice, the input of the layer), the weight three times, the second moments of its input four times over.
     A layer, but not the LM head, is run: the same values, what it makes, and its weight as read, as a constant and as
     laid out."""
-    shapes = architecture(config).weight_shapes(config)
+    shapes = graph_shapes(config)
     needs = [0]
     for name in int4_weights(config, choices):
         rows, columns = shapes[name]

@@ -62,6 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("position", "base"),
         help="what rope_ratio does, where config.json leaves it open: divide the position or multiply the base",
     )
+    parser.add_argument(
+        "--rope-theta",
+        type=number(float, 1, above=True),
+        metavar="BASE",
+        help="rotary base, where config.json is wrong",
+    )
+    parser.add_argument(
+        "--rope-scaling",
+        type=_rope_scaling,
+        metavar="TYPE:FACTOR",
+        help="longer contexts: linear, ntk or yarn, and how many times as long, such as yarn:4",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -73,8 +85,16 @@ def run(arguments: argparse.Namespace) -> None:
         choices=_choices(arguments),
         calibration=_calibration(arguments),
         rope_ratio_meaning=arguments.rope_ratio_meaning,
+        rope_theta=arguments.rope_theta,
+        rope_scaling=arguments.rope_scaling,
         overwrite=arguments.overwrite,
     )
+
+
+def _rope_scaling(text: str) -> dict[str, Any]:
+    """A type for an argument: the fields of config.json for `yarn:4`."""
+    kind, _, factor = text.partition(":")
+    return {"rope_type": kind, "factor": float(factor)}
 
 
 def default_formats(checkpoint: Path) -> Sequence[str]:

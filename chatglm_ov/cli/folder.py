@@ -10,6 +10,7 @@ from typing import Any
 from chatglm_ov.cli.parts import weight_parts
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.conversion import make_plan
+from chatglm_ov.model_weights import model_weights
 from chatglm_ov.models import architecture
 from chatglm_ov.native import native, unavailable
 from chatglm_ov.prequantized import open_checkpoint
@@ -76,14 +77,13 @@ def _tokenizer(path: Path) -> dict[str, str] | None:
 
 def _checkpoint(path: Path, fields: dict[str, Any], config: ArchitectureConfig) -> dict[str, Any]:
     """Stored tensors by type, and what each weight format would take."""
-    module = architecture(config)
     with open_checkpoint(path, fields) as weights:
-        weights.verify(module.weight_shapes(config), ignored=lambda name: module.is_ignored(config, name))
+        read = model_weights(config, weights)
         stored: Counter[str] = Counter()
         for name in weights.names:
             stored[weights.dtype(name)] += weights.nbytes(name)
         ops = "stock" if unavailable() else "fused"
-        sizes = {name: make_plan(config, weights, [name], ops).disk_bytes for name in FORMATS}
+        sizes = {name: make_plan(config, read, [name], ops).disk_bytes for name in FORMATS}
         return {"weight_files": len({weights[name].file for name in weights.names}), "stored": stored, "sizes": sizes}
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import openvino as ov
 
 from chatglm_ov.config import ArchitectureConfig
-from chatglm_ov.models import architecture
+from chatglm_ov.models import architecture, graph_shapes
 
 PARTS = ("embedding", "attention", "mlp", "lm_head", "norms")
+_MARKS = {"attention": "attention", "self_attn": "attention", "mlp": "mlp"}
 _STOCK = {"f32": "f32", "bf16": "bf16", "i8": "int8", "u4": "int4"}
 """Formats by the element type of a weight that OpenVINO's own operations read."""
 
@@ -18,7 +19,8 @@ def weight_parts(model: ov.Model, config: ArchitectureConfig) -> dict[str, dict[
     """Bytes of each part with its scales and biases, and by format the number of its weights. An embedding that is the
     LM head too is counted as that."""
     module = architecture(config)
-    known = set(module.weight_shapes(config))
+    shapes = graph_shapes(config)
+    known = set(shapes)
     found: dict[str, dict[str, Any]] = {part: {"bytes": 0, "formats": {}} for part in PARTS}
     for node in model.get_ordered_ops():
         name = node.get_friendly_name()
@@ -27,7 +29,7 @@ def weight_parts(model: ov.Model, config: ArchitectureConfig) -> dict[str, dict[
             continue
         part = found[_part(module, weight, tied=module.LM_HEAD not in known)]
         part["bytes"] += node.get_byte_size()
-        if name == weight and len(module.weight_shapes(config)[name]) == 2:
+        if name == weight and len(shapes[name]) == 2:
             label = _label(node)
             part["formats"][label] = part["formats"].get(label, 0) + 1
     return {name: part for name, part in found.items() if part["bytes"]}
@@ -38,7 +40,9 @@ def _part(module: Any, name: str, tied: bool) -> str:
         return "lm_head"
     if name == module.EMBEDDING:
         return "embedding"
-    return next((part for part in ("attention", "mlp") if f"{part}." in name and "norm" not in name), "norms")
+    if "norm" in name:
+        return "norms"
+    return next((part for mark, part in _MARKS.items() if f"{mark}." in name), "norms")
 
 
 def _label(constant: ov.Node) -> str:

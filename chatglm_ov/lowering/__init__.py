@@ -23,10 +23,12 @@ class Rotary:
     """Rotate-half rotary embedding of the first `2 * inv_freq.shape[1] * position_rows` dims of each head.
 
     inv_freq: float32 [position_rows, n], angle = position_ids[row] * inv_freq[row]. The angles of all rows are
-    laid side by side, so that one rotation over R = 2 * position_rows * n dims serves every family.
+    laid side by side, so that one rotation over R = 2 * position_rows * n dims serves every family. cos and sin are
+    multiplied by `factor` (YaRN).
     """
 
     inv_freq: np.ndarray
+    factor: float = 1.0
 
     @property
     def dim(self) -> int:
@@ -58,6 +60,9 @@ class Lowering(Protocol):
 
     def layer_norm(self, x: Any, name: str, eps: float) -> Any:
         """(x - mean) / sqrt(variance + eps) * weight + bias."""
+
+    def add(self, x: Any, y: Any) -> Any:
+        """x + y."""
 
     def fully_connected(
         self,

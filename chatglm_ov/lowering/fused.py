@@ -119,7 +119,7 @@ class FusedLowering(GraphLowering):
         if id(rotary) not in self._angles:
             rows = self._angle_rows(rotary)
             angles = rows[0] if len(rows) == 1 else ops.concat(rows, -1)
-            self._angles[id(rotary)] = ops.cos(angles), ops.sin(angles)
+            self._angles[id(rotary)] = self._cos_and_sin(angles, rotary)
         return self._angles[id(rotary)]
 
     def lm_head(self, x: ov.Node, name: str) -> ov.Node:

@@ -72,6 +72,9 @@ class GraphLowering:
             rows = ops.multiply(rows, ops.gather(parts["scale"], self.input_ids, scalar(0)))
         return rows
 
+    def add(self, x: ov.Node, y: ov.Node) -> ov.Node:
+        return ops.add(x, y)
+
     def _angle_rows(self, rotary: Rotary) -> list[ov.Node]:
         """Angles f32 [B, L, n] of each row of positions."""
         rows = rotary.inv_freq.shape[0]
@@ -82,6 +85,14 @@ class GraphLowering:
             ops.multiply(ops.unsqueeze(ops.convert(ids, "f32"), i64(-1)), ops.constant(frequencies[None, None]))
             for ids, frequencies in zip(positions, rotary.inv_freq, strict=True)
         ]
+
+    @staticmethod
+    def _cos_and_sin(angles: ov.Node, rotary: Rotary) -> tuple[ov.Node, ov.Node]:
+        cos, sin = ops.cos(angles), ops.sin(angles)
+        if rotary.factor == 1.0:
+            return cos, sin
+        factor = np.float32(rotary.factor)
+        return ops.multiply(cos, factor), ops.multiply(sin, factor)
 
     def _kept(self, x: ov.Node) -> ov.Node:
         """The last logits_to_keep positions of x [B, L, features], 0 meaning all of them."""

@@ -150,7 +150,7 @@ class StockLowering(GraphLowering):
         if id(rotary) not in self._angles:
             rows = self._angle_rows(rotary)
             angles = ops.unsqueeze(ops.concat(rows + rows, -1), i64(1))
-            self._angles[id(rotary)] = ops.cos(angles), ops.sin(angles)
+            self._angles[id(rotary)] = self._cos_and_sin(angles, rotary)
         return self._angles[id(rotary)]
 
     def _cached(self, x: ov.Node, variable_id: str, heads: int, dim: int) -> ov.Node:

@@ -3,6 +3,8 @@
 Each module has
 
 - `weight_shapes(config) -> dict[str, tuple[int, ...]]`: every stored tensor, by its name in the checkpoint;
+- `stacked_weights(config) -> dict[str, tuple[str, ...]]`: weights that the graph reads as one, their rows one after
+  another, by a name of their own;
 - `is_ignored(config, name) -> bool`: stored tensors that the model does not read;
 - `build(config, lowering) -> openvino.Model`: the graph, in the words of `chatglm_ov.lowering`;
 - `input_folds(config) -> dict[str, Fold]`: the linear weights whose inputs another weight can scale;
@@ -21,3 +23,13 @@ from chatglm_ov.config import ArchitectureConfig
 def architecture(config: ArchitectureConfig) -> ModuleType:
     """The module that defines this configuration's model."""
     return import_module(f"chatglm_ov.models.{config.architecture}")
+
+
+def graph_shapes(config: ArchitectureConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that the graph reads, by its names for them."""
+    module = architecture(config)
+    shapes = dict(module.weight_shapes(config))
+    for name, names in module.stacked_weights(config).items():
+        parts = [shapes.pop(part) for part in names]
+        shapes[name] = (sum(part[0] for part in parts), *parts[0][1:])
+    return shapes

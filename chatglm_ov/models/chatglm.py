@@ -49,6 +49,11 @@ def weight_shapes(config: ChatGLMConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def stacked_weights(config: ChatGLMConfig) -> dict[str, tuple[str, ...]]:
+    """None: query, key and value weights are stored as one."""
+    return {}
+
+
 def is_ignored(config: ChatGLMConfig, name: str) -> bool:
     """The stored rotary frequencies are never loaded by the original; a tied head is stored all the same."""
     return name.endswith("inv_freq") or (config.tie_word_embeddings and name == LM_HEAD)

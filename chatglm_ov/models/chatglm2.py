@@ -13,7 +13,9 @@ import numpy as np
 from chatglm_ov.config import ChatGLM2Config
 from chatglm_ov.lowering import AttentionShape, Lowering, Rotary
 from chatglm_ov.models.folds import Fold
+from chatglm_ov.models.positions import causal_positions
 from chatglm_ov.models.rows import interleaved_to_half, per_head_qkv, per_head_values, planar_qkv, planar_values
+from chatglm_ov.rope_scaling import rotary_frequencies
 
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
 FINAL_NORM = "transformer.encoder.final_layernorm.weight"
@@ -42,6 +44,11 @@ def weight_shapes(config: ChatGLM2Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def stacked_weights(config: ChatGLM2Config) -> dict[str, tuple[str, ...]]:
+    """None: query, key and value weights are stored as one."""
+    return {}
+
+
 def is_ignored(config: ChatGLM2Config, name: str) -> bool:
     """The rotary frequencies follow from the configuration; a tied head may be stored all the same."""
     return name.endswith("inv_freq") or (config.tie_word_embeddings and name == LM_HEAD)
@@ -55,10 +62,10 @@ def rotary(config: ChatGLM2Config) -> Rotary:
     dim = config.kv_channels // 2
     interpolated = config.rope_ratio_meaning == "position"
     base = 10000.0 * (1.0 if interpolated else config.rope_ratio)
-    inv_freq = 1.0 / base ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+    inv_freq, factor = rotary_frequencies(base, dim, config.rope_scaling, config.seq_length)
     if interpolated:
-        inv_freq = inv_freq / config.rope_ratio
-    return Rotary(inv_freq[None].astype(np.float32))
+        inv_freq = inv_freq / np.float32(config.rope_ratio)
+    return Rotary(inv_freq[None], factor)
 
 
 def qkv_rows(config: ChatGLM2Config, rotary_dim: int) -> np.ndarray:
@@ -126,11 +133,8 @@ def key_order(config: ChatGLM2Config) -> np.ndarray:
 
 
 def position_ids(config: ChatGLM2Config, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> np.ndarray:
-    """Positions int64 [B, N] of all N tokens: 0, 1, 2, ... from the first real token on, 0 on left padding.
-    Without a mask every token counts, as in the original."""
-    if attention_mask is None:
-        return np.broadcast_to(np.arange(input_ids.shape[1], dtype=np.int64), input_ids.shape).copy()
-    return np.maximum(np.cumsum(attention_mask != 0, axis=1, dtype=np.int64) - 1, 0)
+    """Positions int64 [B, N] of all N tokens."""
+    return causal_positions(input_ids, attention_mask)
 
 
 def prefix_length(config: ChatGLM2Config, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> None:

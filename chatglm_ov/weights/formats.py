@@ -58,7 +58,7 @@ class WeightFormat:
     largest: float = float("inf")
     widest_group: int = 0
 
-    def nbytes(self, shape: tuple[int, int]) -> int:
+    def nbytes(self, shape: tuple[int, ...]) -> int:
         return sum(part.nbytes(shape[0]) for part in self.parts(shape[1]))
 
     def group_size(self, columns: int) -> int:

@@ -1,0 +1,85 @@
+"""A checkpoint's weights as a model's graph reads them: checked, and those stacked that it reads as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from chatglm_ov.checkpoint import Checkpoint, Rows, Tensor
+from chatglm_ov.config import ArchitectureConfig
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.models import architecture
+from chatglm_ov.weight_files import FLOATS
+from chatglm_ov.weights.formats import int4_format
+from chatglm_ov.weights.quantized import Parts, QuantizedTensor
+
+_AnyTensor = TypeVar("_AnyTensor", bound=Tensor)
+
+
+def model_weights(config: ArchitectureConfig, weights: Checkpoint) -> Checkpoint:
+    """The tensors of `models.graph_shapes`. Raises ChatGLMError for names, shapes and types that the model does not
+    have; no weight is read."""
+    module = architecture(config)
+    shapes = module.weight_shapes(config)
+    weights.verify(shapes, ignored=lambda name: module.is_ignored(config, name))
+    for name, shape in shapes.items():
+        quantized = len(shape) == 2 and isinstance(weights[name], QuantizedTensor)
+        if weights.dtype(name) not in FLOATS and not quantized:
+            wanted = f"one of {', '.join(FLOATS)}"
+            raise ChatGLMError(weights[name].file, f"dtype of {name}", weights.dtype(name), wanted)
+    stacks = module.stacked_weights(config)
+    removed = {name for names in stacks.values() for name in names}
+    return weights.replaced(removed, [_stacked(name, [weights[n] for n in names]) for name, names in stacks.items()])
+
+
+@dataclass(frozen=True)
+class StackedTensor(Tensor):
+    """The rows of several tensors one after another."""
+
+    tensors: tuple[Tensor, ...]
+
+    def rows(self, rows: Rows) -> np.ndarray:
+        (values,) = _gathered(self.tensors, rows, lambda tensor, index: (tensor.rows(index),))
+        return values
+
+    def read(self) -> np.ndarray:
+        return np.concatenate([tensor.read() for tensor in self.tensors])
+
+
+def _stacked(name: str, tensors: list[Tensor]) -> Tensor:
+    shape = (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:])
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    quantized = [tensor for tensor in tensors if isinstance(tensor, QuantizedTensor)]
+    if len(quantized) < len(tensors) or len({(t.format.name, t.format.group_size(shape[1])) for t in quantized}) > 1:
+        # What differs in format has values in common.
+        return StackedTensor(name, tensors[0].file, shape, tensors[0].dtype, nbytes, tuple(tensors))
+    fmt = next((t.format for t in quantized if t.format != quantized[0].format), quantized[0].format)
+    if fmt.name == "int4":
+        # Zero points that one of them has wider, all of them have.
+        bits = max(part.bits for t in quantized for part in t.format.parts(shape[1]) if part.name == "zero_point")
+        fmt = int4_format(fmt.widest_group, bits)
+
+    def parts(rows: Rows) -> Parts:
+        return _gathered(quantized, rows, lambda tensor, index: tensor.parts(index))
+
+    return QuantizedTensor(name, tensors[0].file, shape, fmt.name, nbytes, fmt, parts)
+
+
+def _gathered(tensors: Sequence[_AnyTensor], rows: Rows, read: Callable[[_AnyTensor, np.ndarray], Parts]) -> Parts:
+    """What `read(tensor, index)` gives of these rows of the stack, tensor by tensor, put in their order."""
+    ends = np.cumsum([tensor.shape[0] for tensor in tensors])
+    index = np.arange(ends[-1])[rows]
+    owner = np.searchsorted(ends, index, side="right")
+    made: list[np.ndarray] = []
+    for i, tensor in enumerate(tensors):
+        mine = owner == i
+        if not mine.any():
+            continue
+        pieces = read(tensor, index[mine] - (ends[i] - tensor.shape[0]))
+        made = made or [np.empty((index.size, *piece.shape[1:]), piece.dtype) for piece in pieces]
+        for whole, piece in zip(made, pieces, strict=True):
+            whole[mine] = piece
+    return tuple(made)

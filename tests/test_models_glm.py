@@ -1,0 +1,207 @@
+"""`glm` and `glm4` against transformers' own classes, in float32."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from glm_models import EDGE, KINDS, TINY, reference, saved
+
+from chatglm_ov import OVChatGLMForCausalLM, convert
+from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.config import parse_config
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.model_weights import model_weights
+from chatglm_ov.models import graph_shapes
+from chatglm_ov.presets import config_json
+
+pytestmark = pytest.mark.transformers_matrix
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+VARIANTS = {
+    "plain": {},
+    "edge": EDGE,
+    "no bias": {"attention_bias": False, "num_key_value_heads": 4},
+    "yarn": {"rope_scaling": YARN},
+    "yarn, own factor": {"rope_scaling": {**YARN, "attention_factor": 0.9, "beta_fast": 16.0, "beta_slow": 2.0}},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "base": {"rope_theta": 5e6},
+}
+IDS = torch.randint(2, TINY["vocab_size"], (1, 100), generator=torch.Generator().manual_seed(0))
+
+
+def converted(checkpoint: Path, output: Path, ops: str, **options) -> OVChatGLMForCausalLM:
+    convert(checkpoint, output, ("f32",), ops, progress=False, **options)
+    return OVChatGLMForCausalLM.from_pretrained(output, "f32", "f32")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_transformers(kind, variant, tmp_path):
+    original = reference(kind, **VARIANTS[variant])
+    checkpoint = saved(original, tmp_path / "checkpoint")
+    with torch.no_grad():
+        wanted = original(IDS).logits
+    for ops in ("stock", "fused"):
+        ours = converted(checkpoint, tmp_path / ops, ops)
+        torch.testing.assert_close(ours(IDS).logits, wanted, rtol=0, atol=1e-4)
+        # The prompt in two parts, then token by token.
+        output = ours(IDS[:, :60])
+        parts = [output.logits]
+        for start, end in ((60, 97), (97, 98), (98, 100)):
+            output = ours(IDS[:, start:end], past_key_values=output.past_key_values)
+            parts.append(output.logits)
+        torch.testing.assert_close(torch.cat(parts, 1), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_left_padded_rows_are_those_of_transformers(kind, tmp_path):
+    original = reference(kind)
+    checkpoint = saved(original, tmp_path / "checkpoint")
+    mask = torch.ones_like(IDS)
+    mask[0, :37] = 0
+    ids, masks = torch.cat([IDS, IDS.flip(1)]), torch.cat([mask, torch.ones_like(mask)])
+    positions = (masks.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        wanted = original(ids, attention_mask=masks, position_ids=positions).logits
+    for ops in ("stock", "fused"):
+        logits = converted(checkpoint, tmp_path / ops, ops)(ids, attention_mask=masks).logits
+        torch.testing.assert_close(logits[masks == 1], wanted[masks == 1], rtol=0, atol=1e-4)
+
+
+def test_both_spellings_of_rope_are_one():
+    """transformers 4 has the fields beside each other, 5 in one object."""
+    fields = config_json("glm-4-9b-0414")
+    older = {**fields, "rope_theta": 5e6, "partial_rotary_factor": 1.0, "rope_scaling": {**YARN}}
+    del older["rope_scaling"]["rope_type"]
+    older["rope_scaling"]["type"] = "yarn"
+    newer = {name: value for name, value in fields.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    newer["rope_parameters"] = {**YARN, "rope_theta": 5e6, "partial_rotary_factor": 1.0}
+    assert parse_config(older) == parse_config(newer)
+    assert parse_config(older).rope_scaling.factor == 4.0
+    assert parse_config({**newer, "rope_theta": 7.0}).rope_theta == 7.0
+    plain = {**newer, "rope_parameters": {"rope_type": "default", "rope_theta": 3.0, "partial_rotary_factor": 0.5}}
+    assert parse_config(plain).rope_scaling is None
+    assert parse_config(plain).rope_theta == 3.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type is 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor is missing"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "rope_scaling.factor is 0.5"),
+        ({"rope_scaling": {"factor": 4.0, "rope_type": 3}}, "rope_scaling.rope_type is 3"),
+        ({"rope_parameters": [1]}, "rope_scaling"),
+        ({"partial_rotary_factor": 0.01}, "partial_rotary_factor"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3"),
+        ({"head_dim": 6}, "head_dim is 6"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ],
+)
+def test_wrong_fields_are_named(fields, message):
+    with pytest.raises(ChatGLMError) as error:
+        parse_config({**config_json("glm-4-9b-chat-hf"), **fields})
+    assert message in str(error.value).replace(" = ", " is ")
+
+
+def test_positions_grow_with_the_scaling():
+    assert parse_config(config_json("glm-4-9b-0414")).max_positions == 32768
+    scaled = config_json("glm-4-9b-0414", rope_scaling={**YARN, "original_max_position_embeddings": 32768})
+    assert parse_config(scaled).max_positions == 131072
+    scaled["max_position_embeddings"] = 131072
+    assert parse_config(scaled).max_positions == 131072
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", "linear", "ntk"])
+def test_scaling_is_an_option_of_conversion(rope_type, tmp_path):
+    checkpoint = saved(reference("glm"), tmp_path / "checkpoint")
+    long = torch.randint(2, TINY["vocab_size"], (1, 300), generator=torch.Generator().manual_seed(1))
+    plain = converted(checkpoint, tmp_path / "plain", "fused")
+    with pytest.raises(ChatGLMError, match="position 256"):
+        plain(long)
+    scaled = converted(checkpoint, tmp_path / "scaled", "fused", rope_scaling={"rope_type": rope_type, "factor": 4.0})
+    assert scaled.config.max_position_embeddings == 1024
+    assert torch.isfinite(scaled(long).logits).all()
+    if rope_type != "ntk":  # transformers has only the variant that follows the length of the text
+        with torch.no_grad():
+            scaling = {"rope_type": rope_type, "factor": 4.0, "original_max_position_embeddings": 256}
+            wanted = reference("glm", rope_scaling=scaling)(long).logits
+        torch.testing.assert_close(scaled(long).logits, wanted, rtol=0, atol=2e-4)
+
+
+def test_ntk_keeps_the_fastest_pair_and_slows_the_slowest_down():
+    from chatglm_ov.rope_scaling import RopeScaling, rotary_frequencies
+
+    plain, _ = rotary_frequencies(10000.0, 64)
+    scaled, factor = rotary_frequencies(10000.0, 64, RopeScaling(rope_type="ntk", factor=8.0))
+    assert factor == 1.0
+    np.testing.assert_allclose(plain / scaled, np.geomspace(1, 8, 32), rtol=1e-5)
+
+
+def test_a_doubtful_base_is_told_and_can_be_replaced(tmp_path, caplog):
+    original = reference("glm", max_position_embeddings=131072)
+    checkpoint = saved(original, tmp_path / "checkpoint")
+    with caplog.at_level(logging.WARNING, "chatglm_ov"):
+        converted(checkpoint, tmp_path / "plain", "stock")
+    assert "--rope-theta 5e6" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "chatglm_ov"):
+        ours = converted(checkpoint, tmp_path / "other", "stock", rope_theta=5e6)
+    assert not caplog.text
+    with torch.no_grad():
+        wanted = reference("glm", max_position_embeddings=131072, rope_theta=5e6)(IDS).logits
+    torch.testing.assert_close(ours(IDS).logits, wanted, rtol=0, atol=1e-4)
+
+
+def test_what_an_architecture_has_not_cannot_be_set(data, tmp_path):
+    checkpoint = data / "golden" / "v1" / "v1_tiny" / "checkpoint"
+    with pytest.raises(ChatGLMError, match="rope_scaling"):
+        convert(checkpoint, tmp_path / "out", rope_scaling={"rope_type": "yarn", "factor": 2.0})
+    with pytest.raises(ChatGLMError, match="rope_theta"):
+        convert(checkpoint, tmp_path / "out", rope_theta=5e6)
+    assert not (tmp_path / "out").exists()
+
+
+def test_stacked_weights_have_the_rows_in_order(tmp_path):
+    checkpoint = saved(reference("glm"), tmp_path / "checkpoint")
+    config = parse_config(json.loads((checkpoint / "config.json").read_text()))
+    with Checkpoint.open(checkpoint) as stored:
+        weights = model_weights(config, stored)
+        assert {name: weights.shape(name) for name in weights.names} == graph_shapes(config)
+        layer = "model.layers.1.self_attn"
+        for kind in ("weight", "bias"):
+            whole = np.concatenate([stored[f"{layer}.{part}_proj.{kind}"].read() for part in "qkv"])
+            stacked = weights[f"{layer}.qkv_proj.{kind}"]
+            np.testing.assert_array_equal(stacked.read(), whole)
+            rows = np.array([127, 0, 64, 63, 96, 95, 5])
+            np.testing.assert_array_equal(stacked.rows(rows), whole[rows])
+            np.testing.assert_array_equal(stacked.rows(slice(60, 100)), whole[60:100])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_shapes_are_told_by_the_name_in_the_file(kind, tmp_path):
+    checkpoint = saved(reference(kind), tmp_path / "checkpoint")
+    fields = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**fields, "num_key_value_heads": 4}))
+    with pytest.raises(ChatGLMError, match=r"self_attn\.k_proj"):
+        convert(checkpoint, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "int4"])
+def test_fused_operations_compute_what_stock_ones_do(kind, weight_format, tmp_path):
+    checkpoint = saved(reference(kind), tmp_path / "checkpoint")
+    logits = {}
+    for ops in ("stock", "fused"):
+        convert(checkpoint, tmp_path / ops, (weight_format,), ops, progress=False)
+        logits[ops] = OVChatGLMForCausalLM.from_pretrained(tmp_path / ops, inference_precision="f32")(IDS).logits
+    error = (logits["fused"] - logits["stock"]).square().mean().sqrt() / logits["stock"].square().mean().sqrt()
+    # The same weights. With bf16 ones activations are rounded to 8 bits at 8 linear layers and the head, with others
+    # to 16.
+    assert error < (2**-8 * 3 if weight_format == "bf16" else 2**-12)
