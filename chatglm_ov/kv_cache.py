@@ -35,8 +35,8 @@ class KVCache(Protocol):
     def forget(self) -> None:
         """The next call begins a sequence."""
 
-    def truncate(self) -> None:
-        """The next call goes on from an earlier column. Raises ChatGLMError where that cannot be done."""
+    def truncate(self, columns: int) -> None:
+        """The next call goes on behind so many columns."""
 
     def read(self, layer: int, attention_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of the columns of `attention_mask` [B, T], float32 [B, G, T, D] each."""
@@ -58,8 +58,10 @@ class PluginCache:
     def forget(self) -> None:
         self._request.reset_state()
 
-    def truncate(self) -> None:
-        raise ChatGLMError("truncate", "ops", "stock", "fused: a cache inside the plugin only grows")
+    def truncate(self, columns: int) -> None:
+        """The plugin's states only grow by themselves: what is left of each is copied."""
+        for state in self._request.query_state():
+            state.state = ov.Tensor(np.ascontiguousarray(state.state.data[:, :, :columns]))
 
     def read(self, layer: int, attention_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         states = _states(self._request)
@@ -196,7 +198,7 @@ class BlockCache:
     def forget(self) -> None:
         """Nothing to do: a call whose columns are all new reads nothing of what is there."""
 
-    def truncate(self) -> None:
+    def truncate(self, columns: int) -> None:
         """Nothing to do: slots behind the last column are overwritten."""
 
     def read(self, layer: int, attention_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

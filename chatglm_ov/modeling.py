@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from chatglm_ov.config import ArchitectureConfig, read_config_json
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation.cache import Session, StateCache
 from chatglm_ov.generation.chat import ChatMixin
-from chatglm_ov.generation.inputs import prepare
+from chatglm_ov.generation.inputs import Step, pieces, prepare
 from chatglm_ov.generation.mixin import StatefulGenerationMixin
+from chatglm_ov.generation.speculative import Speculation
 from chatglm_ov.runtime import load_model
+
+PromptProgress = Callable[[int, int], None]
+"""Called with the columns of a prompt that are done, and with all of them."""
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -69,6 +74,8 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         super().__init__(config)
         self.compiled = compiled
         self.session = Session(compiled.create_request(), config.num_hidden_layers)
+        self.prompt_progress: PromptProgress | None = None
+        self.speculation: Speculation | None = None
         self.post_init()
         self.eval()
         self.generation_config = _generation_config(Path(str(config.name_or_path)), compiled.config)
@@ -119,6 +126,7 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         past_key_values: StateCache | None = None,
         logits_to_keep: int = 0,
         use_cache: bool | None = True,
+        prompt_copies: int = 1,
         return_dict: bool | None = True,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -129,6 +137,8 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         1 = token, or the first generation's [B, 1, L, past + L] with 1 = not seen. `position_ids` int64 [B, L]
         ([B, 2, L] in the first generation), None: as the original makes them. `past_key_values` None begins a new
         sequence; the cache that the last call returned continues it. `logits_to_keep` n > 0: the last n only.
+        `prompt_copies` n: each row is computed and stored once, and stands for n rows of the result and of the cache.
+        Long inputs are computed in pieces; `prompt_progress` is told of them.
         """
         _refuse(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
@@ -137,18 +147,39 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         step = prepare(self.compiled, input_ids, attention_mask, position_ids, cache)
         if cache is None:
             cache = self.session.restart(len(step.ids), step.prefix)
-        logits = self.session.request.infer(
-            step.ids,
-            step.keep.astype(np.int64),
-            step.position_ids,
-            cache.beam_idx,
-            logits_to_keep=logits_to_keep,
-            prefix_length=step.prefix,
-        )
-        cache.advance(step.keep, step.position_ids[..., -1])
+        self.session.request.check_positions(step.position_ids)
+        logits = self._fed(step, cache, logits_to_keep)
+        if prompt_copies > 1:
+            logits = logits.repeat(prompt_copies, axis=0)
+            cache.batch_repeat_interleave(prompt_copies)
         handle = cache if use_cache is not False else None
         output = CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=handle)
         return output.to_tuple() if return_dict is False else output
+
+    def _fed(self, step: Step, cache: StateCache, logits_to_keep: int) -> np.ndarray:
+        """Feed the columns of `step` piece by piece; logits [B, kept, V]. A piece that fails leaves in the cache what
+        was fed before it."""
+        total, columns = step.ids.shape[1], cache.columns
+        past = columns.keep.shape[1]
+        first_kept = 0 if logits_to_keep == 0 else max(0, total - logits_to_keep)
+        kept = []
+        for piece in pieces(step, past):
+            ids, positions, keep = step.ids[:, piece], step.position_ids[..., piece], step.keep[:, : past + piece.stop]
+            wanted = piece.stop - max(piece.start, first_kept)
+            logits = self.session.request.infer(
+                ids,
+                keep.astype(np.int64),
+                positions,
+                columns.beam_idx,
+                logits_to_keep=max(1, wanted),
+                prefix_length=step.prefix,
+            )
+            columns.append(ids, keep, positions)
+            if wanted > 0:
+                kept.append(logits)
+            if self.prompt_progress is not None and total > 1:
+                self.prompt_progress(piece.stop, total)
+        return kept[0] if len(kept) == 1 else np.concatenate(kept, axis=1)
 
 
 def _refuse(**wishes: bool | None) -> None:

@@ -40,17 +40,20 @@ class Request:
     def truncate(self, past_length: int) -> None:
         """Go back to the first `past_length` columns of every row: the next call goes on from there.
 
-        Fused operations only. Raises ChatGLMError for other ones, for more columns than there are, and for a place
-        inside the first generation's prefix, whose columns have seen each other.
+        With fused operations nothing is copied, with stock ones what is left of the cache. Raises ChatGLMError for more
+        columns than there are, and for a place inside the first generation's prefix, whose columns have seen each
+        other.
         """
         if not 0 <= past_length <= self.past_length:
             raise ChatGLMError("truncate", "past_length", past_length, f"0 to {self.past_length}")
         if 0 < past_length < self._prefix:
             raise ChatGLMError("truncate", "past_length", past_length, f"0, or {self._prefix} (the prefix) or more")
-        self.cache.truncate()
-        self.past_length, self._columns = past_length, self._columns[:, :past_length]
         if past_length == 0:
             self.reset()
+            return
+        if past_length < self.past_length:
+            self.cache.truncate(past_length)
+        self.past_length, self._columns = past_length, self._columns[:, :past_length]
 
     def infer(
         self,
@@ -91,6 +94,11 @@ class Request:
         self._prefix = 0 if prefix_length is None else int(inputs["prefix_length"].max())
         return self.infer_request.get_tensor("logits").data.copy()
 
+    def check_positions(self, position_ids: np.ndarray) -> None:
+        """Raise ChatGLMError for positions, of any shape, that the model does not have."""
+        limit = self.config.max_positions
+        _check_range("position_ids", position_ids, limit, "position", f" (seq_length {limit})")
+
     def _continued(self, beam_idx: np.ndarray) -> np.ndarray:
         """Mask [B, past_length] of the columns that each row continues, as it was when they were fed."""
         return self._columns[beam_idx] if self.past_length else np.ones((len(beam_idx), 0), bool)
@@ -116,21 +124,11 @@ class Request:
                 raise ChatGLMError("infer", name, f"of shape {list(inputs[name].shape)}", shape)
 
     def _check_values(self, inputs: dict[str, np.ndarray]) -> None:
+        self.check_positions(inputs["position_ids"])
         rows = self.rows or len(inputs["beam_idx"])
-        limit = self.config.max_positions
-        allowed = {
-            "input_ids": (self.config.vocab_rows, "token id", ""),
-            "position_ids": (limit, "position", f" (seq_length {limit})"),
-            "beam_idx": (rows, "row", " (rows in the cache)"),
-            "logits_to_keep": (None, "number", ""),
-        }
-        for name, (end, kind, why) in allowed.items():
-            values = inputs[name]
-            if values.min() >= 0 and (end is None or values.max() < end):
-                continue
-            wrong = values[(values < 0) | (values >= (np.inf if end is None else end))][0]
-            wanted = "0 or more" if end is None else f"0 to {end - 1}{why}"
-            raise ChatGLMError("infer", name, f"a {kind} {wrong}", wanted)
+        _check_range("input_ids", inputs["input_ids"], self.config.vocab_rows, "token id")
+        _check_range("beam_idx", inputs["beam_idx"], rows, "row", " (rows in the cache)")
+        _check_range("logits_to_keep", inputs["logits_to_keep"], None, "number")
 
     def cached(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of one layer, float32 [B, num_key_value_heads, past_length, head_dim] each, with the
@@ -140,3 +138,11 @@ class Request:
         restored = np.empty_like(key)
         restored[..., order] = key
         return restored, value
+
+
+def _check_range(name: str, values: np.ndarray, end: int | None, kind: str, why: str = "") -> None:
+    if values.min() >= 0 and (end is None or values.max() < end):
+        return
+    wrong = values[(values < 0) | (values >= (np.inf if end is None else end))][0]
+    wanted = "0 or more" if end is None else f"0 to {end - 1}{why}"
+    raise ChatGLMError("infer", name, f"a {kind} {wrong}", wanted)

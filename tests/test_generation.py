@@ -221,7 +221,8 @@ def test_each_step_computes_one_row_of_logits_of_what_is_new(golden, open_model,
 
     monkeypatch.setattr(model.session.request, "infer", recorded)
     model.generate(ids, do_sample=False, num_beams=2, max_new_tokens=4)
-    assert calls == [((2, 17), 1)] + [((2, 1), 1)] * 3
+    # The prompt is computed once for both beams.
+    assert calls == [((1, 17), 1)] + [((2, 1), 1)] * 3
 
 
 @each_golden

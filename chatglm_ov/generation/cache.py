@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -14,8 +15,72 @@ from chatglm_ov.errors import ChatGLMError
 _NO_LIMIT = None if issubclass(Cache, torch.nn.Module) else -1
 
 
+@dataclass
+class Columns:
+    """What the next call needs to know of the B rows in the cache.
+
+    Of each row: the row of the cache that it continues (`beam_idx` int32 [B]), its prefix (int64 [B], or None without
+    one), and of its columns the `ids` int64 [B, past], which are no padding (`keep` bool [B, past]) and the positions
+    (`position_ids` int64 [B, past], or [B, 2, past] where there are block positions).
+    """
+
+    ids: np.ndarray
+    keep: np.ndarray
+    position_ids: np.ndarray
+    beam_idx: np.ndarray
+    prefix: np.ndarray | None
+
+    @classmethod
+    def none(cls, rows: int, prefix: np.ndarray | None) -> Columns:
+        """Of so many rows that have nothing in the cache."""
+        ids = np.zeros((rows, 0), dtype=np.int64)
+        positions = ids if prefix is None else np.zeros((rows, 2, 0), dtype=np.int64)
+        return cls(ids, ids == 0, positions, np.arange(rows, dtype=np.int32), prefix)
+
+    @property
+    def position(self) -> np.ndarray:
+        """The last position of each row: int64 [B], or [B, 2]."""
+        return self.position_ids[..., -1]
+
+    def append(self, ids: np.ndarray, keep: np.ndarray, position_ids: np.ndarray) -> None:
+        """Note a call that has fed `ids` and read the cache in row order; `keep` [B, T] is of all columns."""
+        self.ids = np.concatenate([self.ids, ids], axis=1)
+        self.position_ids = np.concatenate([self.position_ids, position_ids], axis=-1)
+        self.keep = keep
+        self.beam_idx = np.arange(len(keep), dtype=np.int32)
+
+    def select(self, rows: np.ndarray) -> None:
+        """Row i continues what rows[i] was so far."""
+        self.ids, self.keep, self.position_ids = self.ids[rows], self.keep[rows], self.position_ids[rows]
+        self.beam_idx = self.beam_idx[rows]
+        self.prefix = None if self.prefix is None else self.prefix[rows]
+
+    def crop(self, columns: int) -> None:
+        """Forget all but the first columns."""
+        self.ids, self.keep = self.ids[:, :columns], self.keep[:, :columns]
+        self.position_ids = self.position_ids[..., :columns]
+
+    def in_common(self, ids: np.ndarray, prefix: np.ndarray | None) -> int:
+        """How many of `ids` [L] the only row begins with; 0 with padding, with several rows, and where a prefix, whose
+        columns have seen each other, is another one."""
+        if len(self.ids) != 1 or not self.keep.all():
+            return 0
+        common = common_prefix(self.ids[0], ids)
+        if prefix is None:
+            return common
+        same = self.prefix is not None and np.array_equal(prefix, self.prefix)
+        return common if same and common >= prefix.max() else 0
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many ids the two rows begin with alike."""
+    length = min(len(a), len(b))
+    differs = np.flatnonzero(a[:length] != b[:length])
+    return int(differs[0]) if differs.size else length
+
+
 class Session:
-    """One infer request, which is one KV cache, and the number of sequences begun in it.
+    """One infer request, which is one KV cache, what is in it, and the number of sequences begun in it.
 
     The number tells the handle of the sequence that is in the cache from a handle of an earlier one.
     """
@@ -23,38 +88,44 @@ class Session:
     def __init__(self, request: Any, num_layers: int):
         self.request, self.num_layers = request, num_layers
         self.epoch = 0
+        self._columns = Columns.none(0, None)
 
     def restart(self, batch_size: int, prefix: np.ndarray | None) -> StateCache:
         """Empty the KV cache and begin a sequence of `batch_size` rows. Every handle given out before is stale."""
-        self.epoch += 1
         self.request.reset()
-        return StateCache(self, batch_size, prefix)
+        return self._begun(Columns.none(batch_size, prefix))
+
+    def resume(self, ids: np.ndarray, prefix: np.ndarray | None) -> StateCache | None:
+        """A sequence with what the latest one has in common with `ids` [L] from the beginning, at most L - 1 tokens:
+        the rest is to be fed. None if there is nothing in common. `prefix`: that of `ids`. Every handle given out
+        before is stale."""
+        columns = replace(self._columns)
+        kept = min(columns.in_common(ids, prefix), len(ids) - 1)
+        if kept <= (0 if prefix is None else prefix.max() - 1):
+            return None
+        self.request.truncate(kept)
+        columns.crop(kept)
+        return self._begun(columns)
+
+    def _begun(self, columns: Columns) -> StateCache:
+        self.epoch += 1
+        self._columns = columns
+        return StateCache(self, columns)
 
 
 class StateCache(Cache):
-    """Handle on the keys and values inside an infer request: it holds none of them itself.
-
-    What it remembers is what the next call needs of each row: which row of the cache it continues
-    (`beam_idx` int32 [B]), which columns are padding (`keep` bool [B, past]), its last position (`position`
-    int64 [B], or [B, 2] where there are block positions) and its prefix (int64 [B], or None without one).
-    """
+    """Handle on the keys and values inside an infer request: it holds none of them itself, but what describes them."""
 
     is_compileable = False
     is_initialized = True
 
-    def __init__(self, session: Session, batch_size: int, prefix: np.ndarray | None):
+    def __init__(self, session: Session, columns: Columns):
         try:
             super().__init__(layers=[])
         except TypeError:  # transformers < 4.54: the base class takes no argument
             super().__init__()
         self._session, self._epoch = session, session.epoch
-        self.prefix = prefix
-        self.advance(np.ones((batch_size, 0), dtype=bool), np.zeros(batch_size, dtype=np.int64))
-
-    def advance(self, keep: np.ndarray, position: np.ndarray) -> None:
-        """Note that a call has filled the cache up to keep.shape[1] columns and read it in row order."""
-        self.keep, self.position = keep, position
-        self.beam_idx = np.arange(len(keep), dtype=np.int32)
+        self.columns = columns
 
     def check_current(self, session: Session | None = None) -> None:
         """Raise ChatGLMError if this is the handle of another model, or of a sequence that is gone."""
@@ -68,15 +139,12 @@ class StateCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        return len(self.beam_idx)
+        return len(self.columns.beam_idx)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i continues what row beam_idx[i] was so far. Nothing is moved: the next call reads through it."""
         self.check_current()
-        index = beam_idx.cpu().numpy()
-        self.beam_idx = self.beam_idx[index]
-        self.keep, self.position = self.keep[index], self.position[index]
-        self.prefix = None if self.prefix is None else self.prefix[index]
+        self.columns.select(beam_idx.cpu().numpy())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these rows, in this order."""
@@ -86,12 +154,20 @@ class StateCache(Cache):
         """Repeat every row: one prompt, several continuations."""
         self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
+    def crop(self, max_length: int) -> None:
+        """Go back to the first `max_length` columns; a negative number takes so many away. The next call goes on from
+        there."""
+        columns = self.get_seq_length()
+        kept = columns + max_length if max_length < 0 else min(max_length, columns)
+        self._session.request.truncate(kept)
+        self.columns.crop(kept)
+
     # What transformers asks of a cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns in the cache, left padding included."""
         self.check_current()
-        return self.keep.shape[1]
+        return self.columns.keep.shape[1]
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int | None:
         return _NO_LIMIT
@@ -118,10 +194,10 @@ class StateCache(Cache):
         return True
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(rows={self.batch_size}, columns={self.keep.shape[1]})"
+        return f"{type(self).__name__}(rows={self.batch_size}, columns={self.columns.keep.shape[1]})"
 
     def _inside_the_model(self, *args: Any, **kwargs: Any) -> NoReturn:
-        wanted = "only get_seq_length, reorder_cache, batch_select_indices, batch_repeat_interleave"
+        wanted = "only get_seq_length, crop, reorder_cache, batch_select_indices, batch_repeat_interleave"
         raise ChatGLMError("past_key_values", "operation", "one that needs the keys and values", wanted)
 
-    update = crop = reset = to_legacy_cache = __getitem__ = __iter__ = __deepcopy__ = _inside_the_model
+    update = reset = to_legacy_cache = __getitem__ = __iter__ = __deepcopy__ = _inside_the_model

@@ -20,7 +20,8 @@ class ChatMixin:
     `history` and the history returned are a list of (query, answer) pairs for ChatGLM-6B and ChatGLM2, of messages
     `{"role", "content", ...}` for ChatGLM3 and GLM-4; the argument itself is not changed. `options` go to
     `generate()`; those of the original chat (sampling with its top_p and temperature, max_length counting the
-    prompt too) hold unless told otherwise. `max_new_tokens` counts the answer alone.
+    prompt too) hold unless told otherwise. `max_new_tokens` counts the answer alone. What a prompt has in common with
+    the sequence that is in the model, such as the turns before it, is not computed again (`reuse_cache`).
     """
 
     config: Any
@@ -67,7 +68,7 @@ def _settings(chat: ChatFormat, tokenizer: Any, prompt: int, options: dict[str, 
     """Arguments of generate() for a prompt of that many tokens: the original's defaults under `options`, and an
     end that the positions of the model allow."""
     given = {name: value for name, value in options.items() if value is not None}
-    settings = {**chat.defaults.as_dict(), "eos_token_id": chat.stop_token_ids(tokenizer), **given}
+    settings = {**chat.defaults.as_dict(), "reuse_cache": True, "eos_token_id": chat.stop_token_ids(tokenizer), **given}
     if not settings["do_sample"]:
         settings |= {name: given.get(name, 1.0) for name in ("top_p", "temperature")}
     if "max_new_tokens" in given:

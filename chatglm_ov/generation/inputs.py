@@ -5,6 +5,7 @@ Letters: B rows, L new columns, T = past + L columns in all, P 1 (one position) 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation.cache import StateCache
+
+PIECE_TOKENS = 2048
+"""A longer prompt is computed in pieces: this many tokens are as fast as any number."""
 
 
 @dataclass
@@ -46,7 +50,7 @@ def prepare(
     blocked = None
     if mask is None:
         keep = np.ones(ids.shape, dtype=bool)
-        keep = keep if cache is None else np.concatenate([cache.keep, keep], axis=1)
+        keep = keep if cache is None else np.concatenate([cache.columns.keep, keep], axis=1)
     elif mask.ndim == 2:
         keep = _keep(mask, ids, past)
     else:
@@ -54,16 +58,27 @@ def prepare(
         keep = ~blocked[:, -1]
     # The originals leave padding out of positions and prefix only where a mask tells of it.
     padded = None if keep.all() else keep.astype(np.int64)
-    prefix = cache.prefix if cache else compiled.architecture.prefix_length(compiled.config, ids, padded)
+    prefix = cache.columns.prefix if cache else compiled.architecture.prefix_length(compiled.config, ids, padded)
     if blocked is not None:
         _check_blocked(blocked, keep, prefix)
     if position_ids is not None:
         positions = _explicit(position_ids, ids, dimensions=2 if prefix is None else 3)
     elif cache is not None:
-        positions = next_positions(cache.position, ids.shape[1])
+        positions = next_positions(cache.columns.position, ids.shape[1])
     else:
         positions = compiled.architecture.position_ids(compiled.config, ids, padded)
     return Step(ids, keep, positions, prefix)
+
+
+def pieces(step: Step, past: int) -> Iterator[slice]:
+    """The new columns in pieces of PIECE_TOKENS tokens in all rows: what a piece takes does not grow with the prompt.
+    The columns of a prefix have to be in one piece."""
+    width, end = max(1, PIECE_TOKENS // len(step.ids)), step.ids.shape[1]
+    prefix = 0 if step.prefix is None else int(step.prefix.max()) - past
+    start, stop = 0, min(max(width, prefix), end)
+    while start < end:
+        yield slice(start, stop)
+        start, stop = stop, min(stop + width, end)
 
 
 def token_ids(input_ids: Any) -> np.ndarray:

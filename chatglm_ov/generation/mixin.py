@@ -11,21 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation import inputs
 from chatglm_ov.generation.cache import Session, StateCache
+from chatglm_ov.generation.speculative import Choice, check_assistant, decode, guesser
 
 if TYPE_CHECKING:
+    from chatglm_ov.generation.guesses import Guesses
     from chatglm_ov.generation.inputs import Step
 
 
 class StatefulGenerationMixin(GenerationMixin):
     """`generate()` over a model with `compiled`, `session` and `forward` (see OVChatGLMForCausalLM)."""
 
-    # No dynamic cache is made for it, and no mode that takes tokens back is tried.
-    _is_stateful = True
+    _is_stateful = False
     _supports_cache_class = True
 
     compiled: Any
@@ -44,10 +45,20 @@ class StatefulGenerationMixin(GenerationMixin):
         generation's own [B, 1, L, L] with 1 = not seen; without one, leading pad ids are taken for padding.
         `position_ids` as in `forward`. With `past_key_values`, `inputs` is the whole sequence or, if shorter
         than the cache or than the mask, what is new.
+
+        Beams and return sequences: the prompt is computed and stored once for all of them. `reuse_cache`: what the
+        latest sequence in the model has in common with `inputs`, of one row, is not computed again. `prompt_progress`:
+        a function that is called with the tokens of the prompt that are done, and with all of them.
+        `prompt_lookup_num_tokens` and `assistant_model`, a smaller converted model of the same vocabulary: tokens are
+        guessed and checked several at a time (`chatglm_ov.generation.speculative`); the result is the same.
         """
         if kwargs.get("inputs_embeds") is not None:
             raise ChatGLMError("generate", "inputs_embeds", "given", "input_ids")
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if kwargs.pop("reuse_cache", False):
+            self._resume(ids, kwargs)
+        self.prompt_progress = kwargs.pop("prompt_progress", None)
+        check_assistant(self, kwargs.get("assistant_model"))
         step = self._first_step(ids, generation_config or self.generation_config, kwargs)
         kwargs["attention_mask"] = torch.from_numpy(step.keep.astype(np.int64))
         kwargs["position_ids"] = torch.from_numpy(np.array(step.position_ids))
@@ -68,6 +79,16 @@ class StatefulGenerationMixin(GenerationMixin):
         positions = None if positions is None else positions[..., -new:]
         return inputs.prepare(self.compiled, input_ids[:, -new:], mask, positions, cache)
 
+    def _resume(self, input_ids: Any, kwargs: dict[str, Any]) -> None:
+        """Put a cache with what `input_ids` and the latest sequence have in common into the arguments, if that is
+        something and the arguments say nothing else of the sequence."""
+        ids, mask = inputs.token_ids(input_ids), kwargs.get("attention_mask")
+        told = any(kwargs.get(name) is not None for name in ("past_key_values", "position_ids"))
+        if told or len(ids) != 1 or (mask is not None and (mask.ndim != 2 or not bool(mask.all()))):
+            return
+        prefix = self.compiled.architecture.prefix_length(self.compiled.config, ids, None)
+        kwargs["past_key_values"] = self.session.resume(ids[0], prefix)
+
     def _checked_cache(self, cache: Any) -> StateCache | None:
         """The cache argument if it is the handle of what is in the model now; ChatGLMError for any other."""
         if cache is None:
@@ -86,9 +107,11 @@ class StatefulGenerationMixin(GenerationMixin):
         next_sequence_length: int | None = None,
         use_cache: bool = True,
         logits_to_keep: int = 1,
+        prompt_copies: int = 1,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of the next call: the columns that are not in the cache, the LM head on the last one."""
+        """The arguments of the next call: the columns that are not in the cache, the LM head on the last one, and one
+        row of each that stand for `prompt_copies`."""
         new = input_ids.shape[1]
         if next_sequence_length is not None:
             new = next_sequence_length
@@ -96,12 +119,13 @@ class StatefulGenerationMixin(GenerationMixin):
             new = attention_mask.shape[1] - past_key_values.get_seq_length()
         passed_on = ("output_attentions", "output_hidden_states")
         return {
-            "input_ids": input_ids[:, -new:],
-            "attention_mask": attention_mask,
-            "position_ids": None if position_ids is None else position_ids[..., -new:],
+            "input_ids": input_ids[::prompt_copies, -new:],
+            "attention_mask": None if attention_mask is None else attention_mask[::prompt_copies],
+            "position_ids": None if position_ids is None else position_ids[::prompt_copies, ..., -new:],
             "past_key_values": past_key_values,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
+            "prompt_copies": prompt_copies,
             **{name: kwargs[name] for name in passed_on if name in kwargs},
         }
 
@@ -110,6 +134,7 @@ class StatefulGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """Append the column of the token just chosen to mask and positions."""
         model_kwargs["past_key_values"] = outputs.get("past_key_values")
+        model_kwargs.pop("prompt_copies", None)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
         if mask is not None:
             model_kwargs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), num_new_tokens)], dim=1)
@@ -124,15 +149,37 @@ class StatefulGenerationMixin(GenerationMixin):
         input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """Repeat every row for beams or return sequences; rows come first in every tensor here."""
+        """Repeat every row for beams or return sequences; rows come first in every tensor here. The cache is not
+        repeated before the prompt is in it."""
         if expand_size == 1:
             return input_ids, model_kwargs
         for name, value in model_kwargs.items():
             if isinstance(value, torch.Tensor) and name != "cache_position":
                 model_kwargs[name] = value.repeat_interleave(expand_size, dim=0)
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"].batch_repeat_interleave(expand_size)
+        model_kwargs["prompt_copies"] = expand_size
         return None if input_ids is None else input_ids.repeat_interleave(expand_size, dim=0), model_kwargs
+
+    def _get_candidate_generator(  # type: ignore[override]
+        self, generation_config: GenerationConfig, *args: Any, assistant_model: Any = None, **kwargs: Any
+    ) -> Guesses:
+        """The source of guesses, for the releases of transformers that hand it to `_assisted_decoding`."""
+        return guesser(generation_config, assistant_model)
+
+    def _assisted_decoding(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        candidate_generator: Guesses | None = None,
+        assistant_model: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Decoding with guesses from the text so far or from an assistant."""
+        guesses = candidate_generator or guesser(generation_config, assistant_model)
+        choice = Choice(logits_processor, stopping_criteria, generation_config)
+        return decode(self, input_ids, guesses, choice, streamer, kwargs)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

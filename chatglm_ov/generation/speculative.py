@@ -1,0 +1,142 @@
+"""Decoding with guesses (speculative decoding): several tokens are checked in one call of the model.
+
+Each token is chosen from the model's own scores for the tokens before it, as without guesses, and a guess that is not
+the token chosen is taken back out of the cache with all behind it. So the tokens are those of plain decoding; with
+sampling their distribution is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.generation.guesses import LONGEST_NGRAM, Assistant, Guesses, PromptLookup
+from chatglm_ov.generation.inputs import next_positions
+
+ASSISTANT_TOKENS, ASSISTANT_CONFIDENCE = 20, 0.4
+"""As in transformers."""
+
+
+@dataclass
+class Speculation:
+    """Of one call of generate(): calls of the model, tokens that were guessed, and how many of them were right."""
+
+    calls: int = 0
+    guessed: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the guessed tokens that were right; 0 without guesses."""
+        return self.accepted / max(1, self.guessed)
+
+    def __str__(self) -> str:
+        return f"{self.calls} calls, {self.accepted} of {self.guessed} guesses right ({self.acceptance:.0%})"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a token is chosen from logits, and when to stop."""
+
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+
+    def token(self, scores: torch.Tensor) -> torch.Tensor:
+        """The next one, int64 [1], of scores [1, V]."""
+        if self.config.do_sample:
+            return torch.multinomial(scores.softmax(-1), 1)[:, 0]
+        return scores.argmax(-1)
+
+
+def check_assistant(model: Any, assistant: Any) -> None:
+    """Raise ChatGLMError for an assistant_model that cannot guess for `model`."""
+    if assistant is None:
+        return
+    if not hasattr(assistant, "session"):
+        raise ChatGLMError("generate", "assistant_model", type(assistant).__name__, "an OVChatGLMForCausalLM")
+    if assistant.session is model.session:
+        wanted = "another model: its cache is not that of this one"
+        raise ChatGLMError("generate", "assistant_model", "the model itself", wanted)
+    ours, theirs = ((each.compiled.config.vocab_rows, each.compiled.config.eos_token_id) for each in (model, assistant))
+    if ours != theirs:
+        seen, wanted = (f"{rows} tokens, end {ends}" for rows, ends in (theirs, ours))
+        raise ChatGLMError("generate", "vocabulary of assistant_model", seen, wanted)
+
+
+def guesser(config: GenerationConfig, assistant: Any) -> Guesses:
+    """The source of guesses that the arguments of generate() ask for."""
+    if assistant is None:
+        tokens, ngram = config.prompt_lookup_num_tokens, config.max_matching_ngram_size
+        if not isinstance(tokens, int) or tokens < 1:
+            raise ChatGLMError("generate", "prompt_lookup_num_tokens", tokens, "a number from 1")
+        return PromptLookup(tokens, ngram or LONGEST_NGRAM)
+    own = assistant.generation_config
+    confidence = own.assistant_confidence_threshold
+    return Assistant(
+        assistant,
+        own.num_assistant_tokens or ASSISTANT_TOKENS,
+        ASSISTANT_CONFIDENCE if confidence is None else confidence,
+    )
+
+
+def decode(
+    model: Any, input_ids: Any, guesses: Guesses, choice: Choice, streamer: Any, model_kwargs: dict[str, Any]
+) -> Any:
+    """The decoding loop of generate(): `input_ids` int64 [1, L]; `model_kwargs` with the attention_mask [1, T] or None,
+    the cache, and the position_ids of the columns that are not in it. Returns what generate() does."""
+    if len(input_ids) != 1:
+        raise ChatGLMError("generate", "input_ids", f"{len(input_ids)} rows", "1 row where tokens are guessed")
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
+    cache, ids, config = model_kwargs.get("past_key_values"), input_ids, choice.config
+    model.speculation = told = Speculation()
+    kept: list[tuple[Any, Any]] = []
+    done = False
+    while not done:
+        guessed = guesses.guess(ids[0].numpy(), config.max_length - ids.shape[1] - 1)
+        following = torch.from_numpy(next_positions(positions[..., -1].numpy(), len(guessed) + 1))
+        positions = torch.cat([positions, following[..., :-1]], dim=-1)
+        fed = torch.cat([ids, torch.from_numpy(np.ascontiguousarray(guessed))[None]], dim=1)
+        output = model(fed[:, -positions.shape[-1] :], _longer(mask, len(guessed)), positions, cache, len(guessed) + 1)
+        cache, right = output.past_key_values, 0
+        for at in range(len(guessed) + 1):
+            logits = output.logits[:, at]
+            scores = choice.processors(ids, logits.clone())
+            token = choice.token(scores)
+            ids = torch.cat([ids, token[:, None]], dim=1)
+            if config.return_dict_in_generate:
+                kept.append((scores, logits))
+            if streamer is not None:
+                streamer.put(token)
+            done = bool(choice.criteria(ids, None).all())
+            is_right = at < len(guessed) and int(token) == guessed[at]
+            right += is_right
+            if done or not is_right:
+                break
+        # The last token that was chosen is not in the cache yet.
+        if (unused := len(guessed) - at) > 0:
+            cache.crop(-unused)
+        guesses.learn(right)
+        told.calls, told.guessed, told.accepted = told.calls + 1, told.guessed + len(guessed), told.accepted + right
+        mask, positions = _longer(mask, at + 1), following[..., at : at + 1]
+    if streamer is not None:
+        streamer.end()
+    if not config.return_dict_in_generate:
+        return ids
+    return GenerateDecoderOnlyOutput(
+        sequences=ids,
+        scores=tuple(scores for scores, _ in kept) if config.output_scores else None,
+        logits=tuple(logits for _, logits in kept) if config.output_logits else None,
+        past_key_values=cache,
+    )
+
+
+def _longer(mask: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    """The mask with so many further columns."""
+    return None if mask is None else torch.cat([mask, mask.new_ones(1, count)], dim=1)
