@@ -243,13 +243,13 @@ def parse_config(fields: dict[str, Any], where: Path | str = "config.json") -> A
     try:
         config = _config_class(fields, where).model_validate(fields)
     except ValidationError as error:
-        raise _field_error(where, fields, error) from None
+        raise field_error(where, fields, error) from None
     _check_heads(config, where)
     return config
 
 
-def _field_error(where: Path | str, fields: dict[str, Any], error: ValidationError) -> ChatGLMError:
-    """The first field that is wrong. Of a union pydantic reports every branch that failed."""
+def field_error(where: Path | str, fields: dict[str, Any], error: ValidationError) -> ChatGLMError:
+    """The error that tells the first field that is wrong. Of a union pydantic reports every branch that failed."""
     failures = error.errors()
     where_in_file = failures[0]["loc"]
     # Behind the field's name a union has that of the branch.
@@ -281,15 +281,20 @@ def read_config_json(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
         raise ChatGLMError(folder, "folder", "missing", "a folder with config.json")
+    if not path.exists():
+        raise ChatGLMError(folder, "config.json", "missing", "a file")
+    return read_json_object(path)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The contents of a file with one JSON object. Raises ChatGLMError for a file with anything else."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ChatGLMError(folder, "config.json", "missing", "a file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ChatGLMError(path, "contents", f"not JSON ({error})", "a JSON object") from None
-    if not isinstance(fields, dict):
-        raise ChatGLMError(path, "contents", f"a JSON {type(fields).__name__}", "a JSON object")
-    return fields
+    if not isinstance(contents, dict):
+        raise ChatGLMError(path, "contents", f"a JSON {type(contents).__name__}", "a JSON object")
+    return contents
 
 
 def load_config(folder: Path | str) -> ArchitectureConfig:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.config import ArchitectureConfig, GlmConfig, RopeRatioMeaning, parse_config, read_config_json
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.lora import with_lora
 from chatglm_ov.lowering import Lowering
 from chatglm_ov.model_weights import model_weights
 from chatglm_ov.models import architecture, graph_shapes
@@ -87,6 +88,7 @@ def convert(
     weight_formats: Sequence[str] = ("bf16", "int8"),
     ops: str = "fused",
     *,
+    lora: str | Path | None = None,
     choices: FormatChoices = DEFAULT_CHOICES,
     calibration: Calibration | None = None,
     rope_ratio_meaning: RopeRatioMeaning | None = None,
@@ -99,7 +101,8 @@ def convert(
 
     weight_formats: any of f32, bf16, int8 (a scale per output channel), int4 (a scale and a zero point per 128
     columns, embedding and LM head int8, unless chosen otherwise); what a checkpoint has quantized keeps its own groups
-    and values. choices: other formats for some weights, other groups for int4.
+    and values. lora: a folder as PEFT saves a LoRA, to be merged into the weights (see `with_lora`).
+    choices: other formats for some weights, other groups for int4.
     calibration: how int4 weights are chosen; None: each is rounded to the nearest. ops: `stock` builds the graph from
     OpenVINO's own operations; `fused` from those of the native library, and is `stock`, with a warning, where that
     cannot be used.
@@ -112,14 +115,16 @@ def convert(
     Raises ChatGLMError for anything that is wrong with the arguments, the checkpoint or the disk; then nothing is
     left behind.
     """
-    source, target = Path(checkpoint), Path(output)
+    source, target, adapter = Path(checkpoint), Path(output), None if lora is None else Path(lora)
     fields = _config_fields(source, rope_ratio_meaning, rope_theta, rope_scaling)
     config = parse_config(fields, source / "config.json")
     _warn_of_doubtful_base(config)
     _check_arguments(source, target, weight_formats, ops, overwrite)
+    if adapter is not None:
+        _check_apart(target, adapter, "LoRA")
     ops = available_ops(ops)
-    with open_checkpoint(source, fields) as weights:
-        weights = model_weights(config, weights)
+    with open_checkpoint(source, fields) as stored, with_lora(stored, adapter, config) as merged:
+        weights = model_weights(config, merged)
         _check_calibration(weights, weight_formats, calibration)
         plan = make_plan(config, weights, weight_formats, ops, choices, calibration)
         log.info("%s", plan)
@@ -132,9 +137,9 @@ def convert(
             for_int4 = stack.enter_context(chosen)
             report = stack.enter_context(_progress_bar(plan, progress))
             for name in plan.weight_formats:
-                used, described = weights, dict[str, str]()
+                used, described = weights, {} if adapter is None else {"lora": adapter.resolve().name}
                 if name == "int4" and calibration is not None:
-                    used, described = for_int4, {"calibration": calibration.label}
+                    used, described["calibration"] = for_int4, calibration.label
                 _write_model(config, used, partial / name, name, ops, report, choices, described)
     return target
 
@@ -314,14 +319,19 @@ def _check_arguments(source: Path, target: Path, weight_formats: Sequence[str], 
         raise ChatGLMError("convert", "ops", repr(ops), f"one of {', '.join(OPS)}")
     if target.exists() and not target.is_dir():
         raise ChatGLMError(target, "output", "a file", "a folder that is new or empty")
-    if target.resolve() == source.resolve():
-        raise ChatGLMError(target, "output", "the checkpoint itself", "another folder")
-    if target.resolve() in source.resolve().parents:
-        raise ChatGLMError(target, "output", "a folder that the checkpoint is in", "another folder")
+    _check_apart(target, source, "checkpoint")
     if os.path.ismount(target):
         raise ChatGLMError(target, "output", "a mount point, which cannot be renamed to", "a folder in it")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ChatGLMError(target, "output", "not empty", "a new or empty folder, or --overwrite")
+
+
+def _check_apart(target: Path, folder: Path, name: str) -> None:
+    """The output takes the place of everything that is where it will be."""
+    if target.resolve() == folder.resolve():
+        raise ChatGLMError(target, "output", f"the {name} itself", "another folder")
+    if target.resolve() in folder.resolve().parents:
+        raise ChatGLMError(target, "output", f"a folder that the {name} is in", "another folder")
 
 
 def _check_disk(plan: Plan, target: Path) -> None:

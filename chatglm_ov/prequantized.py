@@ -9,7 +9,6 @@ The codes are taken over, not only the values: what a model computes with is wha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from math import gcd
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from chatglm_ov.checkpoint import Checkpoint, Rows, Tensor
+from chatglm_ov.config import read_json_object
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.weights.formats import FORMATS, GROUP_SIZE, GROUP_SIZES, WeightFormat, int4_format
 from chatglm_ov.weights.quantized import Parts, QuantizedTensor
@@ -65,23 +65,13 @@ def _quantization_config(folder: Path, fields: Mapping[str, Any]) -> tuple[Path,
         for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
             path = folder / name
             if path.is_file():
-                found = {"quant_method": method, **_read_json(path)}
+                found = {"quant_method": method, **read_json_object(path)}
                 break
         else:
             return None
     if not isinstance(found, dict):
         raise ChatGLMError(path, "quantization_config", repr(found)[:40], "an object")
     return path, found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ChatGLMError(path, "contents", f"not JSON ({error})", "a JSON object") from None
-    if not isinstance(contents, dict):
-        raise ChatGLMError(path, "contents", f"a JSON {type(contents).__name__}", "a JSON object")
-    return contents
 
 
 def _in_rows(weights: Checkpoint, bits: Any, config: Path) -> Checkpoint:

@@ -1,7 +1,7 @@
 """Every page starts with a command, every command and program on it runs, and the Chinese pages match the English.
 
 `chatglm3-6b` on the pages is the demo checkpoint here: a real one of that architecture, only smaller.
-`poems.jsonl` holds one poem.
+`chatglm3-6b-lora` is an adapter for it, `poems.jsonl` holds one poem.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lora_files import low_rank, write_lora
 
 from chatglm_ov.cli.main import main
 
@@ -25,6 +26,7 @@ PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")])
 ENGLISH = [page for page in PAGES if not page.name.endswith(".zh.md")]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CHECKPOINT = ROOT / "chatglm_ov" / "demo" / "checkpoint"
+HIDDEN = 256
 
 
 def page_id(page: Path) -> str:
@@ -76,6 +78,9 @@ def test_commands_and_programs_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.input", lambda prompt="": (_ for _ in ()).throw(EOFError))
     shutil.copytree(CHECKPOINT, "chatglm3-6b")
+    write_lora(
+        Path("chatglm3-6b-lora"), low_rank("transformer.encoder.layers.0.self_attention.dense", (HIDDEN, HIDDEN))
+    )
     poem = {"title": "静夜思", "author": "李白", "text": "床前明月光，疑是地上霜。举头望明月，低头思故乡。"}
     Path("poems.jsonl").write_text(json.dumps(poem, ensure_ascii=False) + "\n", encoding="utf-8")
     found = blocks(page)

@@ -2,6 +2,7 @@
 """Convert a checkpoint of the ChatGLM family for OpenVINO, as `chatglm-ov convert` does.
 
 python tools/gen_chatglm.py CHECKPOINT OUT [--weight-format bf16 int8 int4 f32 ...] [--ops fused|stock]
+    [--lora FOLDER]
 """
 
 import sys

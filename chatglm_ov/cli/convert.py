@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help=f"any of {', '.join(WEIGHT_FORMATS)} (default: {' '.join(DEFAULT_FORMATS)})",
     )
+    parser.add_argument(
+        "--lora", type=Path, metavar="FOLDER", help="adapter_config.json and weights as PEFT saves them, to be merged"
+    )
     parser.add_argument("--ops", choices=("fused", "stock"), default="fused", help="default: fused, where it is built")
     parser.add_argument(
         "--group-size", type=int, choices=(128, 64, 32), default=128, help="columns that share a scale in int4"
@@ -82,6 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.output,
         arguments.weight_format or default_formats(arguments.checkpoint),
         ops=arguments.ops,
+        lora=arguments.lora,
         choices=_choices(arguments),
         calibration=_calibration(arguments),
         rope_ratio_meaning=arguments.rope_ratio_meaning,

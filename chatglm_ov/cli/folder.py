@@ -7,6 +7,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import openvino as ov
+
 from chatglm_ov.cli.parts import weight_parts
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.conversion import make_plan
@@ -18,7 +20,7 @@ from chatglm_ov.presets import PRESETS, config_json
 from chatglm_ov.runtime import default_weight_format, load_model, read_ir, weight_formats
 from chatglm_ov.tokenizer import detect_family
 from chatglm_ov.weights.formats import FORMATS
-from chatglm_ov.weights.ir import IR_NAME
+from chatglm_ov.weights.ir import IR_NAME, RT_INFO
 
 TOKENIZER_FILES = ("ice_text.model", "tokenizer.model", "tokenizer.json")
 _NOT_SHAPE = {
@@ -107,9 +109,9 @@ def _converted(path: Path) -> dict[str, Any]:
 def _ir(xml: Path, config: ArchitectureConfig) -> dict[str, Any]:
     model = read_ir(xml)
     types = Counter(node.get_type_name() for node in model.get_ops())
-    calibration = ["chatglm_ov", "calibration"]
     return {
-        "calibration": model.get_rt_info(calibration).astype(str) if model.has_rt_info(calibration) else None,
+        "calibration": _told(model, "calibration"),
+        "lora": _told(model, "lora"),
         "parts": weight_parts(model, config),
         "bytes": sum(file.stat().st_size for file in (xml, xml.with_suffix(".bin"))),
         "ops": model.get_rt_info(["chatglm_ov", "ops"]).astype(str),
@@ -117,3 +119,9 @@ def _ir(xml: Path, config: ArchitectureConfig) -> dict[str, Any]:
         "nodes": sum(types.values()),
         "node_types": dict(types.most_common()),
     }
+
+
+def _told(model: ov.Model, name: str) -> str | None:
+    """What an IR tells about itself, if it does."""
+    path = [RT_INFO, name]
+    return model.get_rt_info(path).astype(str) if model.has_rt_info(path) else None

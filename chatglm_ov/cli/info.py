@@ -79,6 +79,8 @@ def _checkpoint_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _converted_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if adapters := sorted({ir["lora"] for ir in found["weight_formats"].values()} - {None}):
+        yield "LoRA", f"{', '.join(adapters)}, merged"
     for name, ir in found["weight_formats"].items():
         states = f"{ir['state_variables']} states"
         calibrated = f" by {ir['calibration']}" if ir["calibration"] else ""
