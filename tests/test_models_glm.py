@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from glm_models import EDGE, KINDS, TINY, reference, saved
+from safetensors.torch import save_file
 
 from chatglm_ov import OVChatGLMForCausalLM, convert
 from chatglm_ov.checkpoint import Checkpoint
@@ -205,3 +207,26 @@ def test_fused_operations_compute_what_stock_ones_do(kind, weight_format, tmp_pa
     # The same weights. With bf16 ones activations are rounded to 8 bits at 8 linear layers and the head, with others
     # to 16.
     assert error < (2**-8 * 3 if weight_format == "bf16" else 2**-12)
+
+
+def test_lora_of_query_and_value_is_merged_before_they_are_stacked(tmp_path):
+    original = reference("glm")
+    checkpoint = saved(original, tmp_path / "checkpoint")
+    generator = torch.Generator().manual_seed(5)
+    adapter, merged = {}, copy.deepcopy(original)
+    for i, layer in enumerate(merged.model.layers):
+        for name in ("q_proj", "v_proj"):
+            weight = getattr(layer.self_attn, name).weight
+            a = torch.randn(4, weight.shape[1], generator=generator)
+            b = torch.randn(weight.shape[0], 4, generator=generator) * 0.1
+            weight.data += 0.5 * b @ a
+            for part, matrix in (("A", a), ("B", b)):
+                adapter[f"base_model.model.model.layers.{i}.self_attn.{name}.lora_{part}.weight"] = matrix
+    (tmp_path / "lora").mkdir()
+    save_file(adapter, tmp_path / "lora" / "adapter_model.safetensors")
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 2}))
+    with torch.no_grad():
+        wanted = merged(IDS).logits
+        assert (wanted - original(IDS).logits).abs().max() > 0.1
+    ours = converted(checkpoint, tmp_path / "out", "fused", lora=tmp_path / "lora")
+    torch.testing.assert_close(ours(IDS).logits, wanted, rtol=0, atol=1e-4)
