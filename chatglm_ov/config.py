@@ -35,8 +35,8 @@ class ArchitectureConfig(BaseModel):
     bos_token_id: int | None = None
     # Of weights that are stored quantized; see `chatglm_ov.prequantized`.
     quantization_bit: Literal[0, 4, 8] | None = None
-    # A trained prefix (P-Tuning) in front of the cache: not covered.
-    pre_seq_len: Literal[0] | None = None
+    pre_seq_len: int | None = Field(None, ge=0)
+    """Tokens of a trained prefix (P-Tuning v2) before every sequence; see `chatglm_ov.trained_prefix`."""
 
     if TYPE_CHECKING:
         # Fields of some architectures, computed by others.

@@ -41,6 +41,7 @@ from chatglm_ov.native import native, unavailable
 from chatglm_ov.prequantized import CONFIG_FIELDS, open_checkpoint
 from chatglm_ov.sizes import size
 from chatglm_ov.tokenizer import save_tokenizer_files
+from chatglm_ov.trained_prefix import TrainedPrefix, has_prefix, read_prefix
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
 from chatglm_ov.weights.file import WeightsFile
 from chatglm_ov.weights.formats import FORMATS
@@ -89,6 +90,7 @@ def convert(
     ops: str = "fused",
     *,
     lora: str | Path | None = None,
+    p_tuning: str | Path | None = None,
     choices: FormatChoices = DEFAULT_CHOICES,
     calibration: Calibration | None = None,
     rope_ratio_meaning: RopeRatioMeaning | None = None,
@@ -101,7 +103,8 @@ def convert(
 
     weight_formats: any of f32, bf16, int8 (a scale per output channel), int4 (a scale and a zero point per 128
     columns, embedding and LM head int8, unless chosen otherwise); what a checkpoint has quantized keeps its own groups
-    and values. lora: a folder as PEFT saves a LoRA, to be merged into the weights (see `with_lora`).
+    and values. lora: a folder as PEFT saves a LoRA, to be merged into the weights (see `with_lora`). p_tuning: a folder
+    with the prefix encoder of a P-Tuning v2, where the checkpoint does not hold it itself (see `read_prefix`).
     choices: other formats for some weights, other groups for int4.
     calibration: how int4 weights are chosen; None: each is rounded to the nearest. ops: `stock` builds the graph from
     OpenVINO's own operations; `fused` from those of the native library, and is `stock`, with a warning, where that
@@ -122,9 +125,13 @@ def convert(
     _check_arguments(source, target, weight_formats, ops, overwrite)
     if adapter is not None:
         _check_apart(target, adapter, "LoRA")
+    if p_tuning is not None:
+        _check_apart(target, Path(p_tuning), "P-Tuning")
     ops = available_ops(ops)
     with open_checkpoint(source, fields) as stored, with_lora(stored, adapter, config) as merged:
         weights = model_weights(config, merged)
+        prefix = _trained_prefix(config, stored, None if p_tuning is None else Path(p_tuning))
+        fields["pre_seq_len"] = None if prefix is None else prefix.length
         _check_calibration(weights, weight_formats, calibration)
         plan = make_plan(config, weights, weight_formats, ops, choices, calibration)
         log.info("%s", plan)
@@ -133,6 +140,8 @@ def convert(
         with ExitStack() as stack:
             partial = stack.enter_context(_finished_or_nothing(target.resolve(), overwrite))
             _write_side_files(source, partial, fields, config, ops)
+            if prefix is not None:
+                prefix.save(partial)
             chosen = _int4_source(config, weights, choices, calibration, sequences, partial, progress)
             for_int4 = stack.enter_context(chosen)
             report = stack.enter_context(_progress_bar(plan, progress))
@@ -142,6 +151,21 @@ def convert(
                     used, described["calibration"] = for_int4, calibration.label
                 _write_model(config, used, partial / name, name, ops, report, choices, described)
     return target
+
+
+def _trained_prefix(config: ArchitectureConfig, weights: Checkpoint, folder: Path | None) -> TrainedPrefix | None:
+    """Of `folder`, or where that is None of the checkpoint itself, if it has one."""
+    if folder is not None:
+        with Checkpoint.open(folder) as tuned:
+            if not has_prefix(tuned):
+                raise ChatGLMError(folder, "prefix_encoder", "missing", "the tensors of a P-Tuning v2")
+            return read_prefix(tuned, config)
+    if has_prefix(weights):
+        return read_prefix(weights, config)
+    if config.pre_seq_len:
+        wanted = "0, or the folder with the trained prefix encoder: --p-tuning"
+        raise ChatGLMError(weights.folder / "config.json", "pre_seq_len", config.pre_seq_len, wanted)
+    return None
 
 
 def _check_calibration(weights: Checkpoint, weight_formats: Sequence[str], calibration: Calibration | None) -> None:
@@ -450,6 +474,8 @@ def _converted_fields(fields: dict[str, Any], config: ArchitectureConfig, ops: s
     kept = {key: value for key, value in fields.items() if key not in ("auto_map", *CONFIG_FIELDS)}
     if hasattr(config, "rope_ratio_meaning"):
         kept["rope_ratio_meaning"] = config.rope_ratio_meaning
+    if not kept.get("pre_seq_len"):
+        kept.pop("pre_seq_len", None)
     kept["chatglm_ov"] = {"format_version": FORMAT_VERSION, "architecture": config.architecture, "ops": ops}
     return kept
 

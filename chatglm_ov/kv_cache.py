@@ -35,6 +35,9 @@ class KVCache(Protocol):
     def forget(self) -> None:
         """The next call begins a sequence."""
 
+    def begin_with(self, keys: np.ndarray, values: np.ndarray) -> None:
+        """The next call begins a sequence behind these columns, float32 [layers, G, T, D] each, of a single row."""
+
     def truncate(self, columns: int) -> None:
         """The next call goes on behind so many columns."""
 
@@ -57,6 +60,12 @@ class PluginCache:
 
     def forget(self) -> None:
         self._request.reset_state()
+
+    def begin_with(self, keys: np.ndarray, values: np.ndarray) -> None:
+        states = _states(self._request)
+        for layer, parts in enumerate(zip(keys, values, strict=True)):
+            for name, part in zip(("key", "value"), parts, strict=True):
+                states[f"past_key_values.{layer}.{name}"].state = ov.Tensor(np.ascontiguousarray(part[None]))
 
     def truncate(self, columns: int) -> None:
         """The plugin's states only grow by themselves: what is left of each is copied."""
@@ -93,6 +102,25 @@ class BlockLayout:
     def nbytes(self, rows: int, blocks: int) -> int:
         """Bytes of one layer's cache."""
         return rows * blocks * self.num_key_value_heads * self.block_bytes
+
+    def encode(self, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+        """Blocks u8 [n, G, block_bytes] of keys and values float32 [G, T, D]; slots behind T are zeros."""
+        groups, tokens, dim = key.shape
+        count = -(-tokens // BLOCK_SLOTS)
+        padding = ((0, 0), (0, count * BLOCK_SLOTS - tokens), (0, self._padded_dim - dim))
+        parts, scales = [], []
+        for array in (key, value):
+            if self.element_type == "int8":
+                scale = np.abs(array).max(axis=-1, keepdims=True) / np.float32(127)
+                array = np.rint(array / np.where(scale == 0, 1, scale))
+                padded = np.pad(scale[..., 0], padding[:2]).astype(np.float32)
+                scales.append(padded.reshape(groups, count, BLOCK_SLOTS).transpose(1, 0, 2))
+            padded = np.pad(array, padding).astype(ELEMENT_TYPES[self.element_type])
+            parts.append(padded.reshape(groups, count, BLOCK_SLOTS, -1).transpose(1, 0, 2, 3))
+        keys = parts[0].reshape(count, groups, 2, 16, -1, 2).transpose(0, 1, 2, 4, 3, 5)
+        values = parts[1].reshape(count, groups, 16, 2, -1, 16).transpose(0, 1, 4, 2, 5, 3)
+        pieces = [np.ascontiguousarray(part).reshape(count, groups, -1) for part in (keys, values, *scales)]
+        return np.concatenate([piece.view(np.uint8) for piece in pieces], axis=-1)
 
     def decode(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values float32 [G, 32 n, D] of consecutive blocks u8 [n, G, block_bytes]."""
@@ -197,6 +225,15 @@ class BlockCache:
 
     def forget(self) -> None:
         """Nothing to do: a call whose columns are all new reads nothing of what is there."""
+
+    def begin_with(self, keys: np.ndarray, values: np.ndarray) -> None:
+        """They are kept once, in the first row, and the table sends all rows there. A sequence writes behind them."""
+        tokens = keys.shape[2]
+        self.make_room(1, tokens, keep=False)
+        for layer, key, value in zip(self._layers, keys, values, strict=True):
+            blocks = self.layout.encode(key, value)
+            layer.state.data[0, : len(blocks)] = blocks
+        self._table.state = ov.Tensor(np.zeros((1, tokens), np.int32))
 
     def truncate(self, columns: int) -> None:
         """Nothing to do: slots behind the last column are overwritten."""

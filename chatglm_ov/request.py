@@ -11,6 +11,7 @@ from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.kv_cache import KVCache
 from chatglm_ov.models import architecture
+from chatglm_ov.trained_prefix import TrainedPrefix
 
 
 @dataclass
@@ -20,6 +21,8 @@ class Request:
     config: ArchitectureConfig
     infer_request: ov.InferRequest
     cache: KVCache
+    trained_prefix: TrainedPrefix | None = None
+    """Columns before every sequence, which nobody counts but the cache."""
     past_length: int = field(default=0, init=False)
     """Columns in the cache, padding included."""
     rows: int = field(default=0, init=False)
@@ -31,6 +34,11 @@ class Request:
         self._position_rows = [rows.get_length() for rows in list(shapes["position_ids"])[1:-1]]
         self._columns = np.ones((0, 0), bool)
         self._prefix = 0
+
+    @property
+    def _trained(self) -> int:
+        """Columns of the trained prefix."""
+        return 0 if self.trained_prefix is None else self.trained_prefix.length
 
     def reset(self) -> None:
         """Forget the sequence; the next call starts a fresh one and may have another number of rows."""
@@ -52,7 +60,7 @@ class Request:
             self.reset()
             return
         if past_length < self.past_length:
-            self.cache.truncate(past_length)
+            self.cache.truncate(self._trained + past_length)
         self.past_length, self._columns = past_length, self._columns[:, :past_length]
 
     def infer(
@@ -85,19 +93,36 @@ class Request:
         self._check_shapes(inputs)
         self._check_values(inputs)
         columns = inputs["attention_mask"] != 0
-        self.cache.prepare(columns, self._continued(inputs["beam_idx"]))
+        continued = self._continued(inputs["beam_idx"])
+        if self.trained_prefix is not None:
+            continued = self._behind_the_prefix(inputs, continued)
+        self.cache.prepare(inputs["attention_mask"] != 0, continued)
         # Copied in: the plugin keeps pointers to shared inputs, and a later request writes its own through them.
         self.infer_request.infer(inputs)
         self.rows, new = input_ids.shape
         self.past_length += new
         self._columns = columns
-        self._prefix = 0 if prefix_length is None else int(inputs["prefix_length"].max())
+        self._prefix = 0 if prefix_length is None else int(np.max(prefix_length))
         return self.infer_request.get_tensor("logits").data.copy()
 
     def check_positions(self, position_ids: np.ndarray) -> None:
         """Raise ChatGLMError for positions, of any shape, that the model does not have."""
         limit = self.config.max_positions
         _check_range("position_ids", position_ids, limit, "position", f" (seq_length {limit})")
+
+    def _behind_the_prefix(self, inputs: dict[str, np.ndarray], continued: np.ndarray) -> np.ndarray:
+        """Change what the model gets: all rows see the columns of the trained prefix before their own. Returns
+        `continued` with them."""
+        assert self.trained_prefix is not None
+        length, rows = self.trained_prefix.length, len(continued)
+        if self.past_length == 0:
+            self.cache.begin_with(self.trained_prefix.keys, self.trained_prefix.values)
+            inputs["beam_idx"] = np.zeros(rows, np.int32)
+        seen = np.ones((rows, length), np.int64)
+        inputs["attention_mask"] = np.concatenate([seen, inputs["attention_mask"]], axis=1)
+        if "prefix_length" in inputs:
+            inputs["prefix_length"] = inputs["prefix_length"] + length
+        return np.concatenate([seen != 0, continued], axis=1)
 
     def _continued(self, beam_idx: np.ndarray) -> np.ndarray:
         """Mask [B, past_length] of the columns that each row continues, as it was when they were fed."""
@@ -133,7 +158,8 @@ class Request:
     def cached(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of one layer, float32 [B, num_key_value_heads, past_length, head_dim] each, with the
         dims of a key head in the checkpoint's order. Of padding, with fused operations: zeros."""
-        key, value = self.cache.read(layer, self._columns)
+        columns = np.concatenate([np.ones((len(self._columns), self._trained), bool), self._columns], axis=1)
+        key, value = (part[:, :, self._trained :] for part in self.cache.read(layer, columns))
         order = architecture(self.config).key_order(self.config)
         restored = np.empty_like(key)
         restored[..., order] = key

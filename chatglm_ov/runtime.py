@@ -19,10 +19,11 @@ from chatglm_ov import in_place
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.fuse_norms import fuse_norms
-from chatglm_ov.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, PluginCache
+from chatglm_ov.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, KVCache, PluginCache
 from chatglm_ov.models import architecture
 from chatglm_ov.native import library_path, native, unavailable
 from chatglm_ov.request import Request
+from chatglm_ov.trained_prefix import TrainedPrefix
 from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, read_description
 
 PRECISIONS = ("f32", "bf16", "f16")
@@ -111,7 +112,8 @@ def load_model(
     ops = model.get_rt_info(["chatglm_ov", "ops"]).astype(str)
     own = _fused_properties if ops == "fused" else _stock_properties
     compiled = _compile(model, device, {**own(model, settings, device), **(properties or {})})
-    return CompiledModel(config, weight_format, model, compiled, ops, settings.cache_format)
+    prefix = TrainedPrefix.load(folder, config)
+    return CompiledModel(config, weight_format, model, compiled, ops, settings.cache_format, prefix)
 
 
 def _converted_config(folder: Path) -> ArchitectureConfig:
@@ -209,6 +211,7 @@ class CompiledModel:
     compiled: ov.CompiledModel
     ops: str
     kv_cache_format: str
+    trained_prefix: TrainedPrefix | None = None
 
     @property
     def architecture(self) -> ModuleType:
@@ -224,8 +227,10 @@ class CompiledModel:
         """A request with an empty KV cache."""
         request = self.compiled.create_infer_request()
         if self.ops == "fused":
-            return Request(self.config, request, BlockCache(request, self.config.num_layers, self.cache_layout))
-        return Request(self.config, request, PluginCache(request))
+            cache: KVCache = BlockCache(request, self.config.num_layers, self.cache_layout)
+        else:
+            cache = PluginCache(request)
+        return Request(self.config, request, cache, self.trained_prefix)
 
     def warm_up(self) -> None:
         """Run one token through a request that is thrown away. A plugin packs the weights in the first call, fused

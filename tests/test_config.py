@@ -199,13 +199,13 @@ WRONG = [
     (CHATGLM3, "original_rope", False, "True"),
     (CHATGLM3, "apply_residual_connection_post_layernorm", True, "False"),
     (CHATGLM3, "quantization_bit", 3, "0, 4 or 8"),
-    (CHATGLM3, "pre_seq_len", 128, "0"),
+    (CHATGLM3, "pre_seq_len", -1, "greater than or equal to 0"),
     (CHATGLM3, "multi_query_group_num", 3, "a divisor of num_attention_heads 32"),
     (CHATGLM3, "kv_channels", 126, "a multiple of 4"),
     (CHATGLM, "position_encoding_2d", False, "True"),
     (CHATGLM, "bos_token_id", "<sop>", "a valid integer"),
     (CHATGLM, "quantization_bit", "8", "0, 4 or 8"),
-    (CHATGLM, "pre_seq_len", 128, "0"),
+    (CHATGLM, "pre_seq_len", "128", "a valid integer"),
     (CHATGLM, "hidden_size", 4100, "a multiple of num_attention_heads 32"),
 ]
 

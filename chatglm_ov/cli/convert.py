@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"any of {', '.join(WEIGHT_FORMATS)} (default: {' '.join(DEFAULT_FORMATS)})",
     )
     parser.add_argument(
+        "--p-tuning", type=Path, metavar="FOLDER", help="with the trained prefix encoder of a P-Tuning v2 (pre_seq_len)"
+    )
+    parser.add_argument(
         "--lora", type=Path, metavar="FOLDER", help="adapter_config.json and weights as PEFT saves them, to be merged"
     )
     parser.add_argument("--ops", choices=("fused", "stock"), default="fused", help="default: fused, where it is built")
@@ -86,6 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.weight_format or default_formats(arguments.checkpoint),
         ops=arguments.ops,
         lora=arguments.lora,
+        p_tuning=arguments.p_tuning,
         choices=_choices(arguments),
         calibration=_calibration(arguments),
         rope_ratio_meaning=arguments.rope_ratio_meaning,

@@ -55,8 +55,9 @@ def stacked_weights(config: ChatGLMConfig) -> dict[str, tuple[str, ...]]:
 
 
 def is_ignored(config: ChatGLMConfig, name: str) -> bool:
-    """The stored rotary frequencies are never loaded by the original; a tied head is stored all the same."""
-    return name.endswith("inv_freq") or (config.tie_word_embeddings and name == LM_HEAD)
+    """The stored rotary frequencies are never loaded by the original; a tied head is stored all the same;
+    a prefix encoder is read by the conversion."""
+    return name.endswith("inv_freq") or ".prefix_encoder." in name or (config.tie_word_embeddings and name == LM_HEAD)
 
 
 def rotary(config: ChatGLMConfig) -> Rotary:

@@ -50,8 +50,9 @@ def stacked_weights(config: ChatGLM2Config) -> dict[str, tuple[str, ...]]:
 
 
 def is_ignored(config: ChatGLM2Config, name: str) -> bool:
-    """The rotary frequencies follow from the configuration; a tied head may be stored all the same."""
-    return name.endswith("inv_freq") or (config.tie_word_embeddings and name == LM_HEAD)
+    """The rotary frequencies follow from the configuration; a tied head may be stored all the same; a
+    prefix encoder is read by the conversion."""
+    return name.endswith("inv_freq") or ".prefix_encoder." in name or (config.tie_word_embeddings and name == LM_HEAD)
 
 
 def rotary(config: ChatGLM2Config) -> Rotary:
