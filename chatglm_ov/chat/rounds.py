@@ -35,7 +35,7 @@ class RoundsFormat(ChatFormat):
     def process_response(
         self, output: str, query: str, history: Sequence | None = None, role: str = "user"
     ) -> tuple[str, list[Round]]:
-        response = self.clean(output)
+        response = self.clean(checked_text(output, "chat", "output"))
         return response, [*checked_rounds(history), (query, response)]
 
     def conversation_text(

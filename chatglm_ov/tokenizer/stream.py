@@ -226,6 +226,8 @@ def _fast_decoders(tokenizer: Any, skip_special_tokens: bool) -> tuple[Callable[
     skipped = {token_id for token_id, token in added if token.special}
 
     def token(token_id: int) -> bytes | None:
+        if token_id < 0:
+            raise ChatGLMError("TextStream", "token id", token_id, f"0 to {len(tokenizer) - 1}")
         text = None if token_id in skipped else backend.id_to_token(token_id)
         if text is None:
             return None
