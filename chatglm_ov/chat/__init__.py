@@ -8,12 +8,13 @@ from chatglm_ov.chat.base import ChatDefaults, ChatFormat
 from chatglm_ov.chat.chatglm import ChatGLMFormat
 from chatglm_ov.chat.chatglm2 import ChatGLM2Format
 from chatglm_ov.chat.chatglm3 import ChatGLM3Format
+from chatglm_ov.chat.codegeex import completion_prompt, infilling_query
 from chatglm_ov.chat.glm import GLMFormat
 from chatglm_ov.chat.glm4 import GLM4Format
 from chatglm_ov.chat.templates import GLM4_TEMPLATE, answer_opening, template_of, token_id
 from chatglm_ov.errors import ChatGLMError
 
-__all__ = ["ChatDefaults", "ChatFormat", "chat_format_for"]
+__all__ = ["ChatDefaults", "ChatFormat", "chat_format_for", "completion_prompt", "infilling_query"]
 
 _FORMATS: dict[str, ChatFormat] = {
     "chatglm": ChatGLMFormat(),
