@@ -103,9 +103,7 @@ def checked_text(value: Any, where: str, field: str) -> str:
 
 
 def checked_messages(messages: Any, where: str = "history") -> list[Message]:
-    """A deep copy of a list of messages, each with a known role and text as content; None is an empty list."""
-    if messages is None:
-        return []
+    """A deep copy of a list of messages, each with a known role and text as content."""
     if not isinstance(messages, (list, tuple)):
         raise ChatGLMError(where, "value", f"of type {type(messages).__name__}", "a list of messages (dict)")
     for index, message in enumerate(messages):

@@ -31,15 +31,14 @@ class RolesFormat(ChatFormat):
     def build_inputs(
         self, tokenizer: Any, query: str, history: Sequence | None = None, role: str = "user"
     ) -> list[int]:
-        message = {"role": checked_role(role), "content": checked_text(query, "chat", "query")}
-        return self.conversation_ids(tokenizer, [*checked_messages(history), message])
+        return self.conversation_ids(tokenizer, _with_question(history, query, role))
 
     def process_response(
         self, output: str, query: str, history: Sequence | None = None, role: str = "user"
     ) -> tuple[Response, list[Message]]:
         """The response is text; for a tool call it is {"name", "parameters"} when the history offers tools and the
         arguments can be read, {"name", "content"} otherwise. Arguments are parsed as literals, never evaluated."""
-        messages = [*checked_messages(history), {"role": role, "content": query}]
+        messages = _with_question(history, query, role)
         has_tools = messages[0]["role"] == "system" and bool(messages[0].get("tools"))
         names = tool_names(messages[0]["tools"]) if has_tools else set()
         response: Response = ""
@@ -80,6 +79,11 @@ class RolesFormat(ChatFormat):
             else:
                 check_tools(message["tools"], f"messages[{index}]")
         return checked
+
+
+def _with_question(history: Any, query: Any, role: Any) -> list[Message]:
+    question = {"role": checked_role(role), "content": checked_text(query, "chat", "query")}
+    return [*checked_messages([] if history is None else history), question]
 
 
 def check_tools(tools: Any, where: str) -> None:
