@@ -285,3 +285,52 @@ def test_template_that_cannot_be_applied(monkeypatch):
         monkeypatch.setattr(tokenizer, "chat_template", template)
         with pytest.raises(ChatGLMError, match=part):
             tokenizer.apply_chat_template([{"role": "user", "content": "q"}])
+
+
+def test_template_that_fails_in_several_lines(monkeypatch):
+    tokenizer = tokenizer_of("glm4")
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('first\nsecond') }}")
+    with pytest.raises(ChatGLMError, match="messages is first second, expected"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "q"}])
+    monkeypatch.setattr(tokenizer, "chat_template", "{% macro f(a) %}{{ f(a) }}{% endmacro %}{{ f(1) }}{{ 1 / 0 }}")
+    with pytest.raises(ChatGLMError, match="RecursionError"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "q"}])
+
+
+def test_history_that_is_nested_too_deeply(v3):
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    for tokenizer in (v3, tokenizer_of("glm4")):
+        for message, told in (({"extra": deep}, "nested too deeply"), ({"tools": [{"x": deep}]}, "nested too deeply")):
+            with pytest.raises(ChatGLMError, match=told):
+                chat_format_for(tokenizer).build_inputs(tokenizer, "q", [{"role": "system", "content": "s", **message}])
+        with pytest.raises(ChatGLMError, match="chat: tools is not JSON"):
+            tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tools=[{"x": deep}])
+    while deep:  # freed level by level
+        deep = deep.pop()
+
+
+def test_conversations_of_a_batch_are_checked_each(v3):
+    asked = [{"role": "user", "content": "q"}]
+    for tokenizer in (v3, tokenizer_of("v1"), tokenizer_of("glm4")):
+        for wrong in (None, 3, {"role": "user"}):
+            with pytest.raises(ChatGLMError, match="messages: value is of type"):
+                tokenizer.apply_chat_template([asked, wrong])
+        with pytest.raises(ChatGLMError, match=r"messages\[0\]"):
+            tokenizer.apply_chat_template([asked, [3]])
+
+
+@pytest.mark.parametrize("name", ["v1", "glm4"])
+def test_answers_are_checked_like_questions(name):
+    chat = chat_format_for(tokenizer_of(name))
+    for arguments, field in (((3, "q", []), "output"), (("a", 3, []), "query"), (("a", "q", [], "nobody"), "role")):
+        with pytest.raises(ChatGLMError, match=f"chat: {field} is"):
+            chat.process_response(*arguments)
+
+
+def test_metadata_of_nothing_is_no_metadata():
+    tokenizer = tokenizer_of("glm4")
+    said = {"role": "assistant", "content": "a"}
+    ids = chat_format_for(tokenizer).build_inputs(tokenizer, "q", [said])
+    assert ids == chat_format_for(tokenizer).build_inputs(tokenizer, "q", [{**said, "metadata": None, "tools": None}])

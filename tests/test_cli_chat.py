@@ -209,3 +209,21 @@ def test_printer_ends_a_line_that_is_complete(capsys: pytest.CaptureFixture[str]
     printer.show("all")
     printer.finish("all")
     assert capsys.readouterr().out == "all\n"
+
+
+@pytest.mark.parametrize(
+    ("response", "last", "text"),
+    [
+        ("b", ("a", "b"), "b"),
+        ("b", {"role": "assistant", "content": "b"}, "b"),
+        ("", {"role": "assistant", "content": "", "thinking": "hm"}, "<think>\nhm"),
+        ("b", {"role": "assistant", "content": "b", "thinking": "hm"}, "<think>\nhm\n</think>\n\nb"),
+        (
+            {"name": "f", "parameters": {"x": 1}},
+            {"role": "assistant", "thinking": ""},
+            '<think>\n\n</think>\n\nf\n{"x": 1}',
+        ),
+    ],
+)
+def test_thinking_is_shown_before_the_answer(response, last, text):
+    assert as_text(response, [last]) == text

@@ -151,6 +151,20 @@ def test_wrong_id(tokenizers, name):
         TextStream(tokenizers(name)).put(-1)
 
 
+@names
+@pytest.mark.parametrize("ids", ["x", None, [1.5], [[1]], {"a": 1}])
+def test_what_is_no_id(tokenizers, name, ids):
+    with pytest.raises(ChatGLMError, match=r"TextStream.put: token_ids is of type \w+, expected a list of integers"):
+        TextStream(tokenizers(name)).put(ids)
+
+
+@names
+@pytest.mark.parametrize("index", [-1, 1 << 32, 1 << 80])
+def test_id_that_no_vocabulary_has(tokenizers, name, index):
+    with pytest.raises(ChatGLMError, match=f"token id is {index}"):
+        TextStream(tokenizers(name)).put(index)
+
+
 def test_unknown_kind_of_tokenizer(tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

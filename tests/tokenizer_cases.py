@@ -75,34 +75,81 @@ def small_folder(folder: Path, family: str) -> Path:
     return folder
 
 
-@cache
-def fast_tokenizer_json() -> str:
-    """A byte-level tokenizer.json in the manner of the GLM-4 `-hf` repositories, trained on the spot."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+# In the manner of the published templates of transformers' own classes: roles and, in the last two, tools and thinking.
+GLM_TEMPLATES = {
+    "edge": "{% for item in messages %}<|{{ item['role'] }}|>\n{{ item['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    "0414": """[gMASK]<sop>
+{%- if tools -%}
+<|system|>
+# 可用工具
+{% for tool in tools %}
+{%- set function = tool.function if tool.get("function") else tool %}
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+## {{ function.name }}
+
+{{ function | tojson(indent=4, ensure_ascii=False) }}
+{%- endfor %}
+{%- endif -%}
+{%- for message in messages %}
+<|{{ message.role }}|>{{ message.get("metadata", "") }}
+{{ message.content }}
+{%- endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}""",
+    "z1": """[gMASK]<sop>
+{%- for message in messages if message.role == "system" %}<|system|>
+{{ message.content }}
+{%- endfor %}
+{%- for message in messages if message.role != "system" %}<|{{ message.role }}|>
+{{ message.content.split("</think>")[-1].strip() }}
+{%- endfor %}
+{%- if add_generation_prompt %}<|assistant|>
+<think>{% endif %}""",
+}
+_GLM_SPECIAL = (
+    *("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+)
+
+
+@cache
+def fast_tokenizer_json(size: int = 400, prefix: bool = False) -> str:
+    """A byte-level tokenizer.json in the manner of the GLM-4 `-hf` repositories, trained on the spot; the special
+    tokens begin at `size`. `prefix`: it puts [gMASK] and <sop> before a text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(_TEXT.split("\n") * 3, trainer)
-    names = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")
-    roles = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (*names, *roles)])
+    trained.train_from_iterator(_TEXT.split("\n") * 3, trainer)
+    model = json.loads(trained.to_str())["model"]
+    vocabulary = model["vocab"] | {f"unused {index}": index for index in range(len(model["vocab"]), size)}
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in _GLM_SPECIAL])
+    if prefix:
+        ids = [(name, tokenizer.token_to_id(name)) for name in ("[gMASK]", "<sop>")]
+        tokenizer.post_processor = processors.TemplateProcessing("[gMASK] <sop> $A", special_tokens=ids)
     return tokenizer.to_str()
 
 
-def fast_folder(folder: Path) -> Path:
-    template = json.loads((DATA / "tokenizer_glm4" / "tokenizer_config.json").read_text())["chat_template"]
+def fast_folder(folder: Path, template: str | None = "", size: int = 400, prefix: bool = False) -> Path:
+    """A folder with a tokenizer.json and the template named or given; "": the published one of GLM-4, None: none."""
+    if template == "":
+        template = json.loads((DATA / "tokenizer_glm4" / "tokenizer_config.json").read_text())["chat_template"]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",
         "clean_up_tokenization_spaces": False,
-        "chat_template": template,
         "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLM4Tokenizer", None]},
     }
+    if template is not None:
+        config["chat_template"] = GLM_TEMPLATES.get(template, template)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(fast_tokenizer_json())
+    (folder / "tokenizer.json").write_text(fast_tokenizer_json(size, prefix), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder

@@ -34,7 +34,8 @@ class ChatFormat(ABC):
     """How one generation writes a conversation as ids, and reads the answer.
 
     A history is what the original chat() takes and returns: a list of (query, answer) pairs for v1 and ChatGLM2, a list
-    of messages `{"role", "content"[, "metadata"][, "tools"]}` for ChatGLM3 and GLM-4. No method changes its arguments.
+    of messages `{"role", "content"[, "metadata"][, "tools"][, "thinking"]}` for ChatGLM3, GLM-4 and all later ones. No
+    method changes its arguments.
     """
 
     name: str
@@ -71,17 +72,27 @@ class ChatFormat(ABC):
         `output` is the decoded answer without its stop token; it may be an unfinished one of a stream.
         """
 
-    def without_stop_token(self, tokenizer: Any, ids: Sequence[int]) -> list[int]:
-        """`ids` less a stop token at the end. The originals drop the last id whatever it is, which loses text when an
-        answer ends for its length."""
-        stops = self.stop_token_ids(tokenizer)
+    def certain(self, text: str) -> str:
+        """The part of an unfinished answer that what follows cannot make into something else."""
+        return text
+
+    def without_stop_token(self, tokenizer: Any, ids: Sequence[int], stops: Sequence[int] | None = None) -> list[int]:
+        """`ids` less a stop token at the end (one of `stops`; None: those of the format). The originals drop the last
+        id whatever it is, which loses text when an answer ends for its length."""
+        stops = self.stop_token_ids(tokenizer) if stops is None else stops
         return list(ids[:-1]) if len(ids) and ids[-1] in stops else list(ids)
 
     def answer(
-        self, tokenizer: Any, ids: Sequence[int], query: str, history: Sequence | None = None, role: str = "user"
+        self,
+        tokenizer: Any,
+        ids: Sequence[int],
+        query: str,
+        history: Sequence | None = None,
+        role: str = "user",
+        stops: Sequence[int] | None = None,
     ) -> tuple[Response, list]:
-        """Like `process_response`, from the generated ids."""
-        text = tokenizer.decode(self.without_stop_token(tokenizer, ids))
+        """Like `process_response`, from the generated ids, which end with one of `stops` or for their number."""
+        text = tokenizer.decode(self.without_stop_token(tokenizer, ids, stops))
         return self.process_response(text, query, history, role)
 
 
@@ -102,8 +113,13 @@ def checked_messages(messages: Any, where: str = "history") -> list[Message]:
         if message.get("role") not in ROLES:
             raise ChatGLMError(place, "role", repr(message.get("role")), ", ".join(ROLES[:-1]) + " or " + ROLES[-1])
         checked_text(message.get("content"), place, "content")
-        checked_text(message.get("metadata") or "", place, "metadata")
-    return copy.deepcopy(list(messages))
+        for field in ("metadata", "thinking"):
+            if message.get(field) is not None:
+                checked_text(message[field], place, field)
+    try:
+        return copy.deepcopy(list(messages))
+    except RecursionError:
+        raise ChatGLMError(where, "value", "nested too deeply", "a list of messages (dict)") from None
 
 
 def checked_role(role: Any, allowed: Sequence[str] = ROLES) -> str:

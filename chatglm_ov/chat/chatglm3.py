@@ -9,7 +9,6 @@ from typing import Any
 
 from chatglm_ov.chat.base import ChatDefaults, Message
 from chatglm_ov.chat.roles import ASSISTANT, ROLE_STOPS, RolesFormat
-from chatglm_ov.errors import ChatGLMError
 
 
 class ChatGLM3Format(RolesFormat):
@@ -42,10 +41,10 @@ class ChatGLM3Format(RolesFormat):
     def _turns(self, messages: Sequence[Message], tools: Any) -> list[tuple[str, str, str]]:
         """(role, metadata, content) of each message; the tools stand as JSON below the system text."""
         turns = []
-        for index, message in enumerate(self.with_tools(messages, tools)):
+        for message in self.with_tools(messages, tools):
             content = message["content"]
             if message["role"] == "system" and "tools" in message:
-                content += "\n" + _json(message["tools"], f"messages[{index}]")
+                content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
             turns.append((message["role"], message.get("metadata") or "", content))
         return turns
 
@@ -63,10 +62,3 @@ class ChatGLM3Format(RolesFormat):
             return {keyword.arg: ast.literal_eval(keyword.value) for keyword in expression.keywords}
         except (SyntaxError, TypeError, RecursionError, MemoryError) as error:
             raise ValueError(code) from error
-
-
-def _json(tools: Any, where: str) -> str:
-    try:
-        return json.dumps(tools, indent=4, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
-        raise ChatGLMError(where, "tools", f"not JSON ({error})", "a list of JSON objects (dict)") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -30,19 +31,19 @@ class RolesFormat(ChatFormat):
     def build_inputs(
         self, tokenizer: Any, query: str, history: Sequence | None = None, role: str = "user"
     ) -> list[int]:
-        message = {"role": checked_role(role), "content": checked_text(query, "chat", "query")}
-        return self.conversation_ids(tokenizer, [*checked_messages(history or []), message])
+        return self.conversation_ids(tokenizer, _with_question(history, query, role))
 
     def process_response(
         self, output: str, query: str, history: Sequence | None = None, role: str = "user"
     ) -> tuple[Response, list[Message]]:
         """The response is text; for a tool call it is {"name", "parameters"} when the history offers tools and the
         arguments can be read, {"name", "content"} otherwise. Arguments are parsed as literals, never evaluated."""
-        messages = [*checked_messages(history or []), {"role": role, "content": query}]
-        has_tools = messages[0]["role"] == "system" and "tools" in messages[0]
+        messages = _with_question(history, query, role)
+        has_tools = messages[0]["role"] == "system" and bool(messages[0].get("tools"))
+        names = tool_names(messages[0]["tools"]) if has_tools else set()
         response: Response = ""
-        for part in output.split(ASSISTANT):
-            metadata, content = part.split("\n", 1) if "\n" in part else ("", part)
+        for part in checked_text(output, "chat", "output").split(ASSISTANT):
+            metadata, content = self.metadata_and_content(part, names)
             if not metadata.strip():
                 content = content.strip()
                 response = content.replace("[[训练时间]]", "2023年")
@@ -50,6 +51,11 @@ class RolesFormat(ChatFormat):
                 response = self._tool_response(metadata.strip(), content, has_tools)
             messages.append({"role": "assistant", "metadata": metadata, "content": content})
         return response, messages
+
+    def metadata_and_content(self, part: str, names: set[str]) -> tuple[str, str]:
+        """The first line of one message of an answer, and the rest of it. `names`: the tools that are offered."""
+        metadata, newline, content = part.partition("\n")
+        return (metadata, content) if newline else ("", part)
 
     def _tool_response(self, name: str, content: str, has_tools: bool) -> Response:
         if has_tools:
@@ -63,15 +69,39 @@ class RolesFormat(ChatFormat):
         """A checked copy of `messages`; `tools` are put into its system message, which is made if there is none."""
         checked = checked_messages(messages, "messages")
         if tools:
+            check_tools(tools, "chat")
             if not checked or checked[0]["role"] != "system":
                 checked.insert(0, {"role": "system", "content": self.tools_system_text})
             checked[0]["tools"] = copy.deepcopy(tools)
         for index, message in enumerate(checked):
-            if "tools" in message:
-                _check_tools(message["tools"], f"messages[{index}]")
+            if message.get("tools") is None:
+                message.pop("tools", None)
+            else:
+                check_tools(message["tools"], f"messages[{index}]")
         return checked
 
 
-def _check_tools(tools: Any, where: str) -> None:
+def _with_question(history: Any, query: Any, role: Any) -> list[Message]:
+    question = {"role": checked_role(role), "content": checked_text(query, "chat", "query")}
+    return [*checked_messages([] if history is None else history), question]
+
+
+def check_tools(tools: Any, where: str) -> None:
+    """Raises ChatGLMError unless `tools` is a list of JSON objects."""
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
         raise ChatGLMError(where, "tools", f"of type {type(tools).__name__}", "a list of JSON objects (dict)")
+    try:
+        json.dumps(tools, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ChatGLMError(where, "tools", f"not JSON ({error})", "a list of JSON objects (dict)") from None
+
+
+def tool_names(tools: Any) -> set[str]:
+    """Names of the tools in a list: of functions as OpenAI writes them, of plain ones, else their type."""
+    names = set()
+    for tool in tools if isinstance(tools, (list, tuple)) else ():
+        tool = tool if isinstance(tool, dict) else {}
+        function = tool.get("function")
+        name = (function if isinstance(function, dict) else tool).get("name", tool.get("type"))
+        names |= {name} if isinstance(name, str) else set()
+    return names

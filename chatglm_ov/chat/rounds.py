@@ -35,8 +35,9 @@ class RoundsFormat(ChatFormat):
     def process_response(
         self, output: str, query: str, history: Sequence | None = None, role: str = "user"
     ) -> tuple[str, list[Round]]:
-        response = self.clean(output)
-        return response, [*checked_rounds(history), (query, response)]
+        checked_role(role, ("user",))
+        response = self.clean(checked_text(output, "chat", "output"))
+        return response, [*checked_rounds(history), (checked_text(query, "chat", "query"), response)]
 
     def conversation_text(
         self, tokenizer: Any, messages: Sequence[Message], tools: Any = None, add_generation_prompt: bool = True

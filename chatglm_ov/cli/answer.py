@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,13 @@ def ask(model: Any, tokenizer: Any, query: str, show: Show | None = None, **opti
     watch = Stopwatch()
     options = {"max_new_tokens": DEFAULT_NEW_TOKENS, **options, "stopping_criteria": StoppingCriteriaList([watch])}
     response: Any = ""
+    history: list = []
     if show is None:
-        response, _ = model.chat(tokenizer, query, history=[], **options)
+        response, history = model.chat(tokenizer, query, history=[], **options)
     else:
-        for response, _ in model.stream_chat(tokenizer, query, history=[], **options):
-            show(as_text(response))
-    return Answer(as_text(response), watch.timing)
+        for response, history in model.stream_chat(tokenizer, query, history=[], **options):
+            show(as_text(response, history))
+    return Answer(as_text(response, history), watch.timing)
 
 
 def complete(model: Any, tokenizer: Any, prompt: str, show: Show | None = None, **options: Any) -> Answer:
@@ -64,14 +65,18 @@ def complete(model: Any, tokenizer: Any, prompt: str, show: Show | None = None, 
     return Answer(tokenizer.decode(ids, skip_special_tokens=True), watch.timing)
 
 
-def as_text(response: Any) -> str:
-    """A response of `chat()` as it was written: its tool calls are dicts."""
-    if isinstance(response, str):
+def as_text(response: Any, history: Sequence = ()) -> str:
+    """What `chat()` returned, as it was written: tool calls are dicts, thinking is in the last message
+    of the history."""
+    if not isinstance(response, str):
+        content = response.get("content")
+        if content is None:
+            content = json.dumps(response["parameters"], ensure_ascii=False)
+        response = f"{response['name']}\n{content}"
+    thinking = history[-1].get("thinking") if history and isinstance(history[-1], dict) else None
+    if thinking is None:
         return response
-    content = response.get("content")
-    if content is None:
-        content = json.dumps(response["parameters"], ensure_ascii=False)
-    return f"{response['name']}\n{content}"
+    return f"<think>\n{thinking}" + (f"\n</think>\n\n{response}" if response else "")
 
 
 class GrowingText(BaseStreamer):

@@ -107,7 +107,7 @@ class Conversation:
         try:
             with closing(self._model.stream_chat(self._tokenizer, query, self._history, **options)) as answers:
                 for response, self._history in answers:
-                    text = as_text(response)
+                    text = as_text(response, self._history)
                     printer.show(text)
             printer.finish(text)
         except KeyboardInterrupt:

@@ -18,45 +18,62 @@ class ChatMixin:
     """Conversations over a model with `generate` and `config` (see OVChatGLMForCausalLM).
 
     `history` and the history returned are a list of (query, answer) pairs for ChatGLM-6B and ChatGLM2, of messages
-    `{"role", "content", ...}` for ChatGLM3 and GLM-4; the argument itself is not changed. `options` go to
+    `{"role", "content", ...}` for ChatGLM3 and all later ones; the argument itself is not changed. `options` go to
     `generate()`; those of the original chat (sampling with its top_p and temperature, max_length counting the
     prompt too) hold unless told otherwise. `max_new_tokens` counts the answer alone. What a prompt has in common with
     the sequence that is in the model, such as the turns before it, is not computed again (`reuse_cache`).
     """
 
     config: Any
+    generation_config: Any
 
     def chat(
         self, tokenizer: Any, query: str, history: Sequence | None = None, role: str = "user", **options: Any
     ) -> tuple[Any, list]:
         """(answer, history with this round). The answer is text, for a tool call a dict with `name`."""
         chat, ids = _prompt(tokenizer, query, history, role)
-        settings = _settings(chat, tokenizer, len(ids), options, self.config)
+        stops = self._stop_ids(chat, tokenizer, options)
+        settings = _settings(chat, tokenizer, len(ids), {**options, "eos_token_id": stops}, self.config)
         output = self.generate(torch.tensor([ids]), **settings)  # type: ignore[attr-defined]
-        return chat.answer(tokenizer, output[0, len(ids) :].tolist(), query, history, role)
+        return chat.answer(tokenizer, output[0, len(ids) :].tolist(), query, history, role, stops)
 
     def stream_chat(
         self, tokenizer: Any, query: str, history: Sequence | None = None, role: str = "user", **options: Any
     ) -> Iterator[tuple[Any, list]]:
         """Iterator over the growing answer: each item is what `chat()` would return if the answer ended there,
-        the last one what it does return. Characters come whole. Closing the iterator ends the answer."""
+        the last one what it does return. Characters come whole. A model that thinks first has the last message's
+        `thinking` growing while the answer is "". Closing the iterator ends the answer."""
         chat, ids = _prompt(tokenizer, query, history, role)
-        settings = _settings(chat, tokenizer, len(ids), options, self.config)
-        stops, stream = chat.stop_token_ids(tokenizer), TextStream(tokenizer)
+        stops, stream = self._stop_ids(chat, tokenizer, options), TextStream(tokenizer)
+        settings = _settings(chat, tokenizer, len(ids), {**options, "eos_token_id": stops}, self.config)
 
         def answers() -> Iterator[tuple[Any, list]]:
-            text, token = "", None
+            text, told = "", None
             with closing(stream_tokens(self, torch.tensor([ids]), **settings)) as tokens:  # type: ignore[type-var]
                 for token in tokens:
-                    piece = "" if token in stops else stream.put(token)
-                    text += piece
-                    if piece:
-                        yield chat.process_response(text, query, history, role)
-            rest = stream.flush()
-            if rest or not text:
-                yield chat.process_response(text + rest, query, history, role)
+                    text += "" if token in stops else stream.put(token)
+                    certain = chat.certain(text)
+                    if certain and certain != told:
+                        yield chat.process_response(certain, query, history, role)
+                        told = certain
+            text += stream.flush()
+            if text != told:
+                yield chat.process_response(text, query, history, role)
 
         return answers()
+
+    def _stop_ids(self, chat: ChatFormat, tokenizer: Any, options: dict[str, Any]) -> list[int]:
+        """What ends an answer: `eos_token_id` of the options; without it the tokens of the chat format, of
+        generation_config.json and of config.json together."""
+        if options.get("eos_token_id") is not None:
+            return _as_list(options["eos_token_id"])
+        ends = [chat.stop_token_ids(tokenizer), self.generation_config.eos_token_id, self.config.eos_token_id]
+        return list(dict.fromkeys(index for end in ends for index in _as_list(end)))
+
+
+def _as_list(ids: Any) -> list[int]:
+    """`eos_token_id` of a config: None, one id or several."""
+    return [] if ids is None else torch.as_tensor(ids).flatten().tolist()
 
 
 def _prompt(tokenizer: Any, query: str, history: Sequence | None, role: str) -> tuple[ChatFormat, list[int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers.utils import PaddingStrategy
 from chatglm_ov.chat import chat_format_for
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.tokenizer.files import MARKER
-from chatglm_ov.tokenizer.stream import CleanUp
+from chatglm_ov.tokenizer.stream import CleanUp, id_list
 
 # Ids behind the vocabulary up to the next multiple of this are the padding rows of an embedding: they have no text.
 _ROW_MULTIPLE = 1024
@@ -96,10 +95,7 @@ class GLMTokenizer(PreTrainedTokenizer):
     def _checked_ids(self, token_ids: Any) -> list[int]:
         """A list of ids that the vocabulary (or a padding row behind it) has."""
         where = f"{type(self).__name__}.decode"
-        try:
-            ids = [token_ids] if isinstance(token_ids, int) else list(map(index, token_ids))
-        except TypeError:
-            raise ChatGLMError(where, "token_ids", _kind(token_ids), "a list of integers") from None
+        ids = id_list(token_ids, where)
         if ids and not 0 <= min(ids) <= max(ids) < self._rows():
             wrong = next(i for i in ids if not 0 <= i < self._rows())
             raise ChatGLMError(where, "token id", f"{wrong} at index {ids.index(wrong)}", f"0 to {len(self) - 1}")
@@ -255,9 +251,8 @@ class GLMTokenizer(PreTrainedTokenizer):
 def _conversations(conversation: Any) -> tuple[bool, list[list[dict]]]:
     if not isinstance(conversation, (list, tuple)) or not conversation:
         raise ChatGLMError("apply_chat_template", "conversation", _kind(conversation), "a list of messages, not empty")
-    if isinstance(conversation[0], (list, tuple)):
-        return True, [list(messages) for messages in conversation]
-    return False, [list(conversation)]
+    batched = isinstance(conversation[0], (list, tuple))
+    return batched, list(conversation) if batched else [list(conversation)]
 
 
 def _kind(value: Any) -> str:

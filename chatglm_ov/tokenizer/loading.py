@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chatglm_ov.chat.templates import template_of
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.tokenizer.files import (
     CONFIG_FILE,
@@ -26,7 +27,8 @@ def load_tokenizer(folder: str | Path, *, family: str | None = None, **kwargs: A
     """The tokenizer of a checkpoint folder or a converted folder. No code of the checkpoint is run.
 
     The class follows from the files: ice_text.model v1, tokenizer.model ChatGLM2, ChatGLM3 or GLM-4, tokenizer.json
-    alone transformers' own fast tokenizer. `family` ("chatglm", "chatglm2", "chatglm3", "glm4") overrides what the
+    alone transformers' own fast tokenizer, with the chat template of GLM-4 or GLM-Edge where the folder brings none and
+    the vocabulary is one of theirs. `family` ("chatglm", "chatglm2", "chatglm3", "glm4") overrides what the
     folder says; other keyword arguments go to the tokenizer, before what tokenizer_config.json has.
     """
     folder = _folder(folder)
@@ -70,7 +72,9 @@ def _load_fast(folder: Path, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
     # Older transformers take the blanks before punctuation out of byte-level text unless told not to.
     defaults: dict[str, Any] = {"padding_side": "left", "clean_up_tokenization_spaces": False}
     try:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **defaults | kwargs)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **defaults | kwargs)
     except Exception as error:  # the library raises its own kinds, some of them plain Exception
         seen = f"one that cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         raise ChatGLMError(folder / FAST_FILE, "content", seen, "a tokenizer.json of the tokenizers library") from None
+    tokenizer.chat_template = tokenizer.chat_template or template_of(tokenizer)
+    return tokenizer

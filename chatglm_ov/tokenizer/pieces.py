@@ -7,6 +7,7 @@ from sentencepiece import SentencePieceProcessor
 from chatglm_ov.tokenizer.base import GLMTokenizer
 from chatglm_ov.tokenizer.sentencepiece_model import load_sentencepiece
 from chatglm_ov.tokenizer.stream import SPACE, CleanUp, Decoder, PieceDecoder
+from chatglm_ov.unicode import whole_characters
 
 # A piece for `stream_decoders`: bytes of a byte piece, (text, is a piece of the model), None for nothing at all.
 Item = bytes | tuple[str, bool] | None
@@ -24,11 +25,7 @@ class PieceTokenizer(GLMTokenizer):
 
     def _encode_pieces(self, text: str) -> list[str]:
         """Pieces of `text`; half a surrogate pair, which UTF-8 cannot hold, counts as U+FFFD."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._encoder.encode(text, out_type=str)
+        return self._encoder.encode(whole_characters(text), out_type=str)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self._encoder.decode_pieces(tokens) if tokens else ""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterable
+from operator import index
 from typing import Any, Protocol
 
 from chatglm_ov.errors import ChatGLMError
@@ -20,6 +21,7 @@ from chatglm_ov.errors import ChatGLMError
 SPACE = "\u2581"  # sentencepiece writes a blank so
 REPLACEMENT = "\ufffd"
 _TRUNCATED = "unexpected end of data"
+_MOST_IDS = 1 << 32  # the tokenizers library holds an id in 32 bits
 
 
 class Decoder(Protocol):
@@ -43,10 +45,10 @@ class TextStream:
 
     def put(self, ids: int | Iterable[int]) -> str:
         """The text that is certain after these ids; "" while a character is incomplete."""
-        return "".join(map(self._put_one, [ids] if isinstance(ids, int) else ids))
+        return "".join(map(self._put_one, id_list(ids, "TextStream.put")))
 
     def _put_one(self, token_id: int) -> str:
-        item = self._token(int(token_id))
+        item = self._token(token_id)
         if item is None:
             return ""
         for decoder in self._decoders:
@@ -59,6 +61,14 @@ class TextStream:
         for decoder in self._decoders:
             text = (decoder.put(text) if text else "") + decoder.flush()
         return text
+
+
+def id_list(ids: Any, where: str) -> list[int]:
+    """One id or several as a list. Raises ChatGLMError for what is not made of integers."""
+    try:
+        return [ids] if isinstance(ids, int) else list(map(index, ids))
+    except TypeError:
+        raise ChatGLMError(where, "token_ids", f"of type {type(ids).__name__}", "a list of integers") from None
 
 
 class PieceDecoder:
@@ -226,6 +236,8 @@ def _fast_decoders(tokenizer: Any, skip_special_tokens: bool) -> tuple[Callable[
     skipped = {token_id for token_id, token in added if token.special}
 
     def token(token_id: int) -> bytes | None:
+        if not 0 <= token_id < _MOST_IDS:
+            raise ChatGLMError("TextStream", "token id", token_id, f"0 to {len(tokenizer) - 1}")
         text = None if token_id in skipped else backend.id_to_token(token_id)
         if text is None:
             return None
