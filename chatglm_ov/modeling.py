@@ -76,6 +76,7 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         self.session = Session(compiled.create_request(), config.num_hidden_layers)
         self.prompt_progress: PromptProgress | None = None
         self.speculation: Speculation | None = None
+        self.reused_tokens = 0
         self.post_init()
         self.eval()
         self.generation_config = _generation_config(Path(str(config.name_or_path)), compiled.config)

@@ -227,3 +227,17 @@ def test_printer_ends_a_line_that_is_complete(capsys: pytest.CaptureFixture[str]
 )
 def test_thinking_is_shown_before_the_answer(response, last, text):
     assert as_text(response, [last]) == text
+
+
+def test_figures_tell_what_was_reused_and_guessed(converse: Converse, converted: Path) -> None:
+    printed = converse(["你好", "再见"], "--stats", "--prompt-lookup", 4)
+    first, second = re.findall(r"^\[.*\]$", printed, re.MULTILINE)
+    assert "reused" not in first and "guesses right" in first
+    assert int(re.search(r"(\d+) prompt tokens reused", second)[1]) >= 6
+    assert converse(["你好", "再见"]) == re.sub(r"^\[.*\]\n", "", printed, flags=re.MULTILINE)
+    assert "guesses right" in converse(["你好"], "--stats", "--assistant", converted)
+
+
+def test_two_sources_of_guesses_are_one_too_many(converted: Path, run: Run) -> None:
+    done = run("chat", converted, "--prompt-lookup", 3, "--assistant", converted)
+    assert "--prompt-lookup" in done.error

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
@@ -25,8 +27,11 @@ Show = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Answer:
+    """figures: what it took, in a line; "" without a token."""
+
     text: str
     timing: Timing | None
+    figures: str = ""
 
 
 def open_model(folder: Path, weight_format: str | None, **options: Any) -> tuple[Any, Any]:
@@ -36,6 +41,36 @@ def open_model(folder: Path, weight_format: str | None, **options: Any) -> tuple
     model = OVChatGLMForCausalLM.from_pretrained(folder, weight_format, **options)
     model.compiled.warm_up()
     return model, load_tokenizer(folder)
+
+
+def assistant_options(folder: Path | None) -> dict[str, Any]:
+    """Arguments of `generate()` for the assistant in a converted folder."""
+    return {} if folder is None else {"assistant_model": open_model(folder, None)[0]}
+
+
+def figures(timing: Timing | None, model: Any) -> str:
+    """What the model's latest answer took; "" if there was no token."""
+    if timing is None:
+        return ""
+    reused, told = getattr(model, "reused_tokens", 0), getattr(model, "speculation", None)
+    parts = [str(timing), f"{reused} prompt tokens reused" if reused else "", "" if told is None else str(told)]
+    return "; ".join(part for part in parts if part)
+
+
+class PromptBar:
+    """A `prompt_progress` for `generate()`: shows on a terminal how much of a long prompt is done, and vanishes."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None and done < total and sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc="prompt", unit="token", leave=False)
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+            if done == total:
+                self._bar.close()
+                self._bar = None
 
 
 def ask(model: Any, tokenizer: Any, query: str, show: Show | None = None, **options: Any) -> Answer:
@@ -49,7 +84,7 @@ def ask(model: Any, tokenizer: Any, query: str, show: Show | None = None, **opti
     else:
         for response, history in model.stream_chat(tokenizer, query, history=[], **options):
             show(as_text(response, history))
-    return Answer(as_text(response, history), watch.timing)
+    return Answer(as_text(response, history), watch.timing, figures(watch.timing, model))
 
 
 def complete(model: Any, tokenizer: Any, prompt: str, show: Show | None = None, **options: Any) -> Answer:
@@ -62,7 +97,8 @@ def complete(model: Any, tokenizer: Any, prompt: str, show: Show | None = None, 
     if show is not None:
         options["streamer"] = GrowingText(tokenizer, show)
     ids = model.generate(**inputs, stopping_criteria=StoppingCriteriaList([watch]), **options)[0, length:]
-    return Answer(tokenizer.decode(ids, skip_special_tokens=True), watch.timing)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return Answer(text, watch.timing, figures(watch.timing, model))
 
 
 def as_text(response: Any, history: Sequence = ()) -> str:

@@ -33,9 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     options = generation_options(arguments)
 
-    from chatglm_ov.cli.answer import open_model
+    from chatglm_ov.cli.answer import PromptBar, assistant_options, open_model
 
     model, tokenizer = open_model(arguments.folder, **model_options(arguments))
+    options |= {"prompt_progress": PromptBar(), **assistant_options(arguments.assistant)}
     conversation = Conversation(model, tokenizer, options, arguments.system, arguments.stats)
     with suppress(ImportError):
         import readline  # noqa: F401  line editing for input(), where the system has it
@@ -97,7 +98,7 @@ class Conversation:
         """A stopped answer stays in the history as far as it came; an error leaves the history as it was."""
         from transformers import StoppingCriteriaList
 
-        from chatglm_ov.cli.answer import DEFAULT_NEW_TOKENS, as_text
+        from chatglm_ov.cli.answer import DEFAULT_NEW_TOKENS, as_text, figures
         from chatglm_ov.cli.printing import TextPrinter
         from chatglm_ov.generation.timing import Stopwatch
 
@@ -116,7 +117,7 @@ class Conversation:
         except ChatGLMError as error:
             print(f"error: {error}", file=sys.stderr)
         if self._stats and watch.timing:
-            print(f"[{watch.timing}]")
+            print(f"[{figures(watch.timing, self._model)}]")
 
 
 def _beginning(tokenizer: Any, system: str | None) -> list[dict[str, str]]:

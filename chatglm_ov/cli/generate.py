@@ -35,16 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.num_beams > 1 and arguments.do_sample:
         raise ChatGLMError("--num-beams", "value", arguments.num_beams, "1 with --do-sample")
+    if arguments.num_beams > 1 and (arguments.prompt_lookup is not None or arguments.assistant is not None):
+        raise ChatGLMError("--num-beams", "value", arguments.num_beams, "1 with --prompt-lookup and --assistant")
     options = generation_options(arguments) | {"num_beams": arguments.num_beams}
 
-    from chatglm_ov.cli.answer import ask, complete, open_model
+    from chatglm_ov.cli.answer import PromptBar, ask, assistant_options, complete, open_model
     from chatglm_ov.cli.printing import TextPrinter
 
     model, tokenizer = open_model(arguments.folder, **model_options(arguments))
+    options |= {"prompt_progress": PromptBar(), **assistant_options(arguments.assistant)}
     answer_to = complete if arguments.raw else ask
     for prompt in arguments.prompt:
         printer = TextPrinter()
         show = None if arguments.no_stream or arguments.num_beams > 1 else printer.show
         answer = answer_to(model, tokenizer, prompt, show, **options)
         printer.finish(answer.text)
-        print(f"[{answer.timing}]", file=sys.stderr, flush=True)
+        print(f"[{answer.figures}]", file=sys.stderr, flush=True)

@@ -31,6 +31,10 @@ class StatefulGenerationMixin(GenerationMixin):
 
     compiled: Any
     session: Session
+    reused_tokens: int
+    """Tokens of the latest prompt that were in the cache already."""
+    speculation: Any
+    """What became of the latest call's guesses; None where nothing was guessed."""
 
     def generate(  # type: ignore[override]
         self,
@@ -55,6 +59,7 @@ class StatefulGenerationMixin(GenerationMixin):
         if kwargs.get("inputs_embeds") is not None:
             raise ChatGLMError("generate", "inputs_embeds", "given", "input_ids")
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        self.reused_tokens, self.speculation = 0, None
         if kwargs.pop("reuse_cache", False):
             self._resume(ids, kwargs)
         self.prompt_progress = kwargs.pop("prompt_progress", None)
@@ -87,7 +92,9 @@ class StatefulGenerationMixin(GenerationMixin):
         if told or len(ids) != 1 or (mask is not None and (mask.ndim != 2 or not bool(mask.all()))):
             return
         prefix = self.compiled.architecture.prefix_length(self.compiled.config, ids, None)
-        kwargs["past_key_values"] = self.session.resume(ids[0], prefix)
+        cache = self.session.resume(ids[0], prefix)
+        if cache is not None:
+            kwargs["past_key_values"], self.reused_tokens = cache, cache.get_seq_length()
 
     def _checked_cache(self, cache: Any) -> StateCache | None:
         """The cache argument if it is the handle of what is in the model now; ChatGLMError for any other."""

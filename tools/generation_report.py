@@ -1,0 +1,184 @@
+#!/usr/bin/env python
+"""What guessing tokens, reusing a conversation's beginning, and long prompts come to.
+
+    python tools/generation_report.py guesses [--preset chatglm3-6b] [--layers 8] [--weight-format int8]
+    python tools/generation_report.py reuse [--history 2048] ...
+    python tools/generation_report.py long-prompt [--preset chatglm3-6b-32k] [--layers 2] [--tokens 32768] ...
+
+Random weights at a released model's shapes. `guesses`: the same answer with and without prompt lookup, in turns; which
+answer it is, is forced, so that the weights do not matter: a poem quoted with a line changed, a program with a name
+changed, and poems that the prompt does not have. Ratios of times, medians of the rounds. `reuse`: the time of a second
+turn's first token against computing the whole conversation again. `long-prompt`: the peak of anonymous memory beside
+weights and cache, and the time of the first and of the last quarter of the prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from chatglm_ov import OVChatGLMForCausalLM, load_tokenizer
+from chatglm_ov.bench.models import converted, from_preset
+from chatglm_ov.calibration.text import POEMS
+from chatglm_ov.cli.demo import CHECKPOINT
+from chatglm_ov.conversion import available_ops
+from chatglm_ov.sizes import size
+
+PROGRAM = Path(__file__).read_text(encoding="utf-8")
+
+
+class Forced(LogitsProcessor):
+    """Makes generate() choose these tokens, one after another, behind a prompt of that length."""
+
+    def __init__(self, prompt: int, answer: list[int]):
+        self._prompt, self._answer = prompt, answer
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, self._answer[input_ids.shape[1] - self._prompt]] = torch.inf
+        return scores
+
+
+def tasks(tokenizer: Any) -> dict[str, tuple[list[int], list[int]]]:
+    """Prompt and answer, by what the answer is."""
+    poems = [tokenizer.decode(document.ids, skip_special_tokens=True) for document in POEMS.documents(tokenizer)]
+    quoted = "".join(poems[:6])
+    changed = quoted.replace(poems[2], poems[2][::-1])
+    code = PROGRAM[2000:4500]
+    texts = {
+        "a poem, a line changed": (quoted, changed),
+        "a program, a name changed": (code, code.replace("self", "this")),
+        "other poems": (quoted, "".join(poems[20:26])),
+    }
+    made = {}
+    for name, (prompt, answer) in texts.items():
+        made[name] = tokenizer.encode(prompt)[:384], tokenizer.encode(answer, add_special_tokens=False)[:256]
+    return made
+
+
+def seconds(model: Any, prompt: list[int], answer: list[int], **options: Any) -> float:
+    """Of the answer without the prompt: the prompt is in the cache before."""
+    ids = torch.tensor([prompt])
+    model(ids, logits_to_keep=1)
+    start = perf_counter()
+    forced = LogitsProcessorList([Forced(len(prompt), answer)])
+    given = {"do_sample": False, "eos_token_id": None, "max_new_tokens": len(answer), "reuse_cache": True, **options}
+    out = model.generate(ids, logits_processor=forced, **given)
+    assert out[0, len(prompt) :].tolist() == answer
+    return perf_counter() - start
+
+
+def guesses(model: Any, arguments: argparse.Namespace) -> Iterator[list[str]]:
+    yield ["answer", "tokens", "guesses right", "times as fast"]
+    for name, (prompt, answer) in tasks(load_tokenizer(CHECKPOINT)).items():
+        ratios = []
+        for _ in range(arguments.rounds):
+            plain = seconds(model, prompt, answer)
+            ratios.append(plain / seconds(model, prompt, answer, prompt_lookup_num_tokens=arguments.num_tokens))
+        spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        told = model.speculation
+        yield [name, str(len(answer)), f"{told.accepted} of {told.guessed}", spread]
+
+
+def reuse(model: Any, arguments: argparse.Namespace) -> Iterator[list[str]]:
+    yield ["history", "new tokens", "share of computing it again"]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, 60000, (1, arguments.history + 32), generator=generator)
+    shares = []
+    for _ in range(arguments.rounds):
+        times = []
+        for reused in (False, True):
+            model.generate(ids[:, : arguments.history], max_new_tokens=1, do_sample=False, reuse_cache=True)
+            start = perf_counter()
+            model.generate(ids, max_new_tokens=1, do_sample=False, reuse_cache=reused)
+            times.append(perf_counter() - start)
+        shares.append(times[1] / times[0])
+    yield [str(arguments.history), "32", f"{median(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})"]
+
+
+def long_prompt(model: Any, arguments: argparse.Namespace) -> Iterator[list[str]]:
+    yield ["tokens", "cache", "peak beside weights and cache", "last quarter / first quarter"]
+    ids = torch.randint(100, 60000, (1, arguments.tokens - 8), generator=torch.Generator().manual_seed(0))
+    times: list[tuple[int, float]] = [(0, perf_counter())]
+    model.prompt_progress = lambda done, total: times.append((done, perf_counter()))
+    with peak() as found:
+        model(ids, logits_to_keep=1)
+    cache = model.session.request.cache.nbytes
+    quarters = [
+        [b - a for (_, a), (done, b) in pairwise(times) if low < done / arguments.tokens <= high]
+        for low, high in ((0, 0.26), (0.74, 1))
+    ]
+    slower = sum(quarters[1]) / sum(quarters[0])
+    yield [str(arguments.tokens), size(cache), size(found["bytes"] - cache), f"{slower:.2f}"]
+
+
+@contextmanager
+def peak() -> Iterator[dict[str, int]]:
+    """By how much the anonymous memory of the process grew at most, looked at every few milliseconds."""
+    process, done, found = psutil.Process(), threading.Event(), {"bytes": 0}
+
+    def anonymous() -> int:
+        info = process.memory_info()
+        return info.rss - info.shared
+
+    before = anonymous()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            found["bytes"] = max(found["bytes"], anonymous() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, preset, layers in (("guesses", None, 8), ("reuse", None, 8), ("long-prompt", "chatglm3-6b-32k", 2)):
+        command = commands.add_parser(name)
+        command.add_argument("--preset", default=preset or "chatglm3-6b")
+        command.add_argument("--layers", type=int, default=layers)
+        command.add_argument("--weight-format", default="int8")
+        command.add_argument("--rounds", type=int, default=5)
+        command.add_argument("--num-tokens", type=int, default=10)
+        command.add_argument("--history", type=int, default=2048)
+        command.add_argument("--tokens", type=int, default=32768)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    measure = {"guesses": guesses, "reuse": reuse, "long-prompt": long_prompt}[arguments.command]
+    ops, source = available_ops("fused"), from_preset(arguments.preset, arguments.layers)
+    with tempfile.TemporaryDirectory() as place, converted(source, arguments.weight_format, [ops], Path(place)) as made:
+        model = OVChatGLMForCausalLM.from_pretrained(made[ops], arguments.weight_format)
+        model.compiled.warm_up()
+        header, *rows = tqdm(measure(model, arguments), file=sys.stderr, desc=arguments.command)
+    table = Table(*header, title=f"{source.name}, {arguments.weight_format}, {ops}")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
