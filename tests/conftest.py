@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+# Threads of torch and numpy wait for each other spinning, so those of several test processes must not share a core.
+# OpenVINO's are left at all cores: with a single one it does not tell of an operation that failed.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("chatglm_ov", deadline=None)

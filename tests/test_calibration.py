@@ -166,7 +166,7 @@ class _NotRounded(calibration_run._Chosen):
 # Errors shrink
 
 
-@settings(deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([32, 64, 128]))
 def test_clipped_errors_are_never_larger(seed, group):
     """By the measure that is minimized, squares of rounding errors times mean squares of the inputs."""
@@ -424,7 +424,7 @@ def test_killed_calibration_starts_again(two_layers: Path, tmp_path: Path):
         "int4",
         "--awq",
         "--calibration-tokens",
-        4096,
+        1024,
     ]
     command = [sys.executable, "-c", "from chatglm_ov.cli.main import main; main()", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -435,7 +435,7 @@ def test_killed_calibration_starts_again(two_layers: Path, tmp_path: Path):
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".out.partial-")
     for name in ("out", "undisturbed"):
-        convert(two_layers, tmp_path / name, ("int4",), calibration=Calibration(("awq",), tokens=4096), progress=False)
+        convert(two_layers, tmp_path / name, ("int4",), calibration=Calibration(("awq",), tokens=1024), progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
     files = [tmp_path / name / "int4" / "openvino_model.bin" for name in ("out", "undisturbed")]
     assert files[0].read_bytes() == files[1].read_bytes()

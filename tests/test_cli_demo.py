@@ -29,6 +29,7 @@ def test_recites_from_every_format(tmp_path: Path, run: Run) -> None:
 
 def test_cleans_up_and_tells_a_wrong_answer(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(demo, "CALIBRATION_TOKENS", 512)
     monkeypatch.setattr(demo, "EXPECTED", {"床前明月光": "疑是地下霜。"})
     done = run("demo")
     assert done.code == 1

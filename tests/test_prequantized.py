@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,12 @@ def make(layout: Layout, folder: Path, spoil: Callable[[Tensors], object] = lamb
     return Made(folder, values, others, fields)
 
 
+@pytest.fixture(scope="module")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
+    """Function from the name of a layout to its checkpoint: to read one element by element takes a second."""
+    return cache(lambda layout: make(LAYOUTS[layout], tmp_path_factory.mktemp("made") / "checkpoint"))
+
+
 # What is converted
 
 
@@ -254,8 +261,8 @@ def rows_in_any_order(values: np.ndarray) -> list[bytes]:
 
 @each_layout
 @each_ops
-def test_values_are_those_of_the_file(ops, layout, tmp_path: Path):
-    made = make(LAYOUTS[layout], tmp_path / "checkpoint")
+def test_values_are_those_of_the_file(ops, layout, make_once, tmp_path: Path):
+    made = make_once(layout)
     own = LAYOUTS[layout].format
     convert(made.folder, tmp_path / "out", (own,), ops, progress=False)
     for name, values in made.linears.items():
@@ -265,10 +272,10 @@ def test_values_are_those_of_the_file(ops, layout, tmp_path: Path):
 
 @each_layout
 @each_ops
-def test_model_is_the_f32_model_of_the_values(ops, layout, tmp_path: Path):
+def test_model_is_the_f32_model_of_the_values(ops, layout, make_once, tmp_path: Path):
     """Embedding and head in f32 too, so that nothing but the linear weights is rounded; fused operations round the
     activations of each of four layers to 16 bits, 2^-15 of the largest."""
-    made = make(LAYOUTS[layout], tmp_path / "checkpoint")
+    made = make_once(layout)
     plain = write_checkpoint(tmp_path / "plain", LAYOUTS[layout].like, {**made.others, **made.linears}, **made.fields)
     own = LAYOUTS[layout].format
     for source, fmt in ((made.folder, own), (plain, "f32")):
@@ -307,8 +314,8 @@ def test_stacked_weights_keep_their_codes(ops, layout, tmp_path: Path):
 
 
 @each_ops
-def test_other_formats_are_made_of_the_values(ops, tmp_path: Path):
-    made = make(LAYOUTS["gptq"], tmp_path / "checkpoint")
+def test_other_formats_are_made_of_the_values(ops, make_once, tmp_path: Path):
+    made = make_once("gptq")
     plain = write_checkpoint(tmp_path / "plain", V2.checkpoint, {**made.others, **made.linears}, **made.fields)
     for source in (made.folder, plain):
         convert(source, tmp_path / f"{source.name}-ov", ("bf16", "int8"), ops, progress=False)

@@ -185,9 +185,9 @@ def test_time_per_id_is_constant(tokenizers, name, garbage):
 
     def seconds(count: int) -> float:
         stream, ids = TextStream(tokenizer), (unit * count)[:count]
-        start = time.perf_counter()
+        start = time.thread_time()
         stream.put(ids)
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     seconds(2_000)
     short = min(seconds(2_000) for _ in range(3))

@@ -400,15 +400,16 @@ def test_arguments_that_a_fixed_format_cannot_take(tokenizers, family):
 @families
 @pytest.mark.parametrize("unit", ["床前明月光，疑是地上霜。", "月", " ", "a b\n\t", "<eop>", "🌙", "[["])
 def test_time_grows_with_the_length_and_not_with_its_square(tokenizers, family, unit):
-    """128k characters: sixteen times the text may take 64 times as long, not 256 times (three tries)."""
+    """64k characters: sixteen times the text may take 64 times as long, not 256 times (three tries), by the time that
+    this thread computes, whatever else the machine does."""
 
     def seconds(length: int) -> float:
         text = (unit * length)[:length]
-        start = time.perf_counter()
+        start = time.thread_time()
         ids = tokenizers[family](text)["input_ids"]
         tokenizers[family].decode(ids, skip_special_tokens=True)
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
-    seconds(8_000)
-    short = min(seconds(8_000) for _ in range(3))
-    assert any(seconds(128_000) < 64 * max(short, 0.003) for _ in range(3))
+    seconds(4_000)
+    short = min(seconds(4_000) for _ in range(3))
+    assert any(seconds(64_000) < 64 * max(short, 0.003) for _ in range(3))
