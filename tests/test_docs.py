@@ -1,7 +1,7 @@
 """Every page starts with a command, every command and program on it runs, and the Chinese pages match the English.
 
 `chatglm3-6b` on the pages is the demo checkpoint here: a real one of that architecture, only smaller.
-`chatglm3-6b-lora` is an adapter for it, `poems.jsonl` holds one poem. A calibration is of fewer tokens than usual, which
+`chatglm3-6b-lora` is an adapter for it, `poems.jsonl` holds one poem. A calibration is of fewer tokens than usual: it
 would be most of the time here.
 """
 
