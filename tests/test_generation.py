@@ -256,8 +256,6 @@ def test_what_needs_the_keys_and_values_is_refused(golden, open_model):
         model.generate(ids, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ChatGLMError, match="output_hidden_states is True"):
         model.generate(ids, max_new_tokens=2, return_dict_in_generate=True, output_hidden_states=True)
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        model.generate(ids, max_new_tokens=2, prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match="not used by the model"):
         model.generate(ids, max_new_tokens=2, unheard_of=1)
 

@@ -18,10 +18,13 @@ pytestmark = pytest.mark.transformers_matrix
 
 def begun(rows: int = 3, columns: int = 5, prefix: np.ndarray | None = None) -> tuple[Session, StateCache]:
     """A session with a sequence of `columns` in it; row i has i columns of padding and ends at position 10 + i."""
-    session = Session(SimpleNamespace(reset=lambda: None), num_layers=2)
+    session = Session(SimpleNamespace(reset=lambda: None, truncate=lambda columns: None), num_layers=2)
     cache = session.restart(rows, prefix)
     keep = np.arange(columns) >= np.arange(rows)[:, None]
-    cache.advance(keep, 10 + np.arange(rows))
+    positions = 10 + np.arange(rows)[:, None] + np.arange(1 - columns, 1)
+    if prefix is not None:
+        positions = np.stack([positions, positions], axis=1)
+    cache.columns.append(100 * np.arange(rows)[:, None] + np.arange(columns), keep, positions)
     return session, cache
 
 
@@ -39,23 +42,24 @@ def test_it_is_a_cache_that_generate_may_hold():
 
 
 def test_a_fresh_handle_is_empty():
-    session = Session(SimpleNamespace(reset=lambda: None), num_layers=2)
+    session = Session(SimpleNamespace(reset=lambda: None, truncate=lambda columns: None), num_layers=2)
     cache = session.restart(2, None)
     assert cache.get_seq_length() == 0
-    assert cache.beam_idx.tolist() == [0, 1]
-    assert cache.beam_idx.dtype == np.int32
+    assert cache.columns.beam_idx.tolist() == [0, 1]
+    assert cache.columns.beam_idx.dtype == np.int32
 
 
 def test_reorder_moves_what_is_known_of_a_row():
     prefix = np.array([7, 8, 9])
     _, cache = begun(prefix=prefix)
-    keep = cache.keep
+    columns, keep, ids = cache.columns, cache.columns.keep, cache.columns.ids
     cache.reorder_cache(torch.tensor([2, 0, 0]))
-    assert cache.beam_idx.tolist() == [2, 0, 0]
-    assert cache.position.tolist() == [12, 10, 10]
-    assert cache.prefix.tolist() == [9, 7, 7]
-    assert np.array_equal(cache.keep, keep[[2, 0, 0]])
-    assert cache.beam_idx.dtype == np.int32
+    assert columns.beam_idx.tolist() == [2, 0, 0]
+    assert columns.position.tolist() == [[12, 12], [10, 10], [10, 10]]
+    assert columns.prefix.tolist() == [9, 7, 7]
+    assert np.array_equal(columns.keep, keep[[2, 0, 0]])
+    assert np.array_equal(columns.ids, ids[[2, 0, 0]])
+    assert columns.beam_idx.dtype == np.int32
 
 
 def test_reorders_compose_until_the_next_call():
@@ -64,19 +68,31 @@ def test_reorders_compose_until_the_next_call():
     first, second = torch.tensor([1, 2, 0]), torch.tensor([0, 0, 2])
     cache.reorder_cache(first)
     cache.reorder_cache(second)
-    assert cache.beam_idx.tolist() == first[second].tolist()
-    cache.advance(cache.keep, cache.position)
-    assert cache.beam_idx.tolist() == [0, 1, 2]
+    columns = cache.columns
+    assert columns.beam_idx.tolist() == first[second].tolist()
+    more = np.ones((3, 1), np.int64)
+    columns.append(more, np.concatenate([columns.keep, more > 0], 1), more)
+    assert columns.beam_idx.tolist() == [0, 1, 2]
 
 
 def test_rows_are_repeated_and_selected():
     _, cache = begun()
     cache.batch_repeat_interleave(2)
-    assert cache.beam_idx.tolist() == [0, 0, 1, 1, 2, 2]
+    assert cache.columns.beam_idx.tolist() == [0, 0, 1, 1, 2, 2]
     assert cache.batch_size == 6
     cache.batch_select_indices(torch.tensor([5, 1]))
-    assert cache.beam_idx.tolist() == [2, 0]
-    assert cache.position.tolist() == [12, 10]
+    assert cache.columns.beam_idx.tolist() == [2, 0]
+    assert cache.columns.position.tolist() == [12, 10]
+
+
+def test_crop_forgets_the_last_columns():
+    _, cache = begun()
+    cache.crop(-2)
+    assert cache.get_seq_length() == 3
+    assert cache.columns.ids.tolist() == [[0, 1, 2], [100, 101, 102], [200, 201, 202]]
+    assert cache.columns.position.tolist() == [8, 9, 10]
+    cache.crop(9)
+    assert cache.get_seq_length() == 3
 
 
 def test_a_new_sequence_makes_the_handle_stale():
@@ -99,7 +115,6 @@ def test_what_would_need_keys_and_values_is_refused():
     _, cache = begun()
     for use in (
         lambda: cache.update(torch.zeros(1), torch.zeros(1), 0),
-        lambda: cache.crop(2),
         lambda: cache.reset(),
         lambda: cache[0],
         lambda: list(cache),

@@ -86,7 +86,7 @@ def continued(compiled, ids: torch.Tensor, mask: torch.Tensor | None = None):
     """The handle after a first call with these arguments."""
     step = prepare(compiled, ids, mask)
     cache = Session(SimpleNamespace(reset=lambda: None), 1).restart(len(ids), step.prefix)
-    cache.advance(step.keep, step.position_ids[..., -1])
+    cache.columns.append(step.ids, step.keep, step.position_ids)
     return cache
 
 

@@ -171,13 +171,19 @@ def test_no_rollback_into_a_prefix(open_compiled: Opener):
     np.testing.assert_allclose(prompt.feed(request, prefix), whole[:, prefix:], atol=1e-4)
 
 
-def test_stock_operations_do_not_go_back(open_compiled: Opener):
-    model = open_compiled(V2.checkpoint)
-    request = model.create_request()
-    golden_prompt(V2, "p5", model).feed(request)
-    with pytest.raises(ChatGLMError, match="truncate: ops is stock, expected fused"):
-        request.truncate(3)
-    assert request.past_length == 5
+@pytest.mark.parametrize("precision", ["f32", None])
+def test_stock_operations_go_back(precision: str | None, open_compiled: Opener):
+    """What is left of the plugin's cache is what it was, rounded as it was."""
+    model = open_compiled(V2.checkpoint, precision=precision)
+    request, prompt = model.create_request(), golden_prompt(V2, "p17", model)
+    whole = prompt.feed(request)
+    for columns in (16, 9, 3):
+        request.truncate(columns)
+        assert request.past_length == columns
+        tolerance = 1e-4 if precision == "f32" else 0.05 * np.abs(whole).max()
+        np.testing.assert_allclose(prompt.feed(request, columns), whole[:, columns:], rtol=0, atol=tolerance)
+    request.truncate(0)
+    np.testing.assert_array_equal(prompt.feed(request), whole)
 
 
 def buffers(request) -> dict[str, int]:

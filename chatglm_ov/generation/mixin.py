@@ -31,6 +31,7 @@ class StatefulGenerationMixin(GenerationMixin):
 
     compiled: Any
     session: Session
+    prompt_progress: Any
     reused_tokens: int
     """Tokens of the latest prompt that were in the cache already."""
     speculation: Any
@@ -62,12 +63,16 @@ class StatefulGenerationMixin(GenerationMixin):
         self.reused_tokens, self.speculation = 0, None
         if kwargs.pop("reuse_cache", False):
             self._resume(ids, kwargs)
-        self.prompt_progress = kwargs.pop("prompt_progress", None)
         check_assistant(self, kwargs.get("assistant_model"))
         step = self._first_step(ids, generation_config or self.generation_config, kwargs)
         kwargs["attention_mask"] = torch.from_numpy(step.keep.astype(np.int64))
         kwargs["position_ids"] = torch.from_numpy(np.array(step.position_ids))
-        return super().generate(ids, generation_config, *args, **kwargs)  # type: ignore[misc]
+        own_progress = self.prompt_progress
+        self.prompt_progress = kwargs.pop("prompt_progress", own_progress)
+        try:
+            return super().generate(ids, generation_config, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.prompt_progress = own_progress
 
     def _first_step(self, input_ids: Any, config: GenerationConfig, kwargs: dict[str, Any]) -> Step:
         ids, cache = inputs.token_ids(input_ids), self._checked_cache(kwargs.get("past_key_values"))

@@ -94,47 +94,71 @@ def decode(
     if len(input_ids) != 1:
         raise ChatGLMError("generate", "input_ids", f"{len(input_ids)} rows", "1 row where tokens are guessed")
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
-    cache, ids, config = model_kwargs.get("past_key_values"), input_ids, choice.config
+    cache, made = model_kwargs.get("past_key_values"), _Made(input_ids, choice, streamer)
     model.speculation = told = Speculation()
-    kept: list[tuple[Any, Any]] = []
-    done = False
-    while not done:
-        guessed = guesses.guess(ids[0].numpy(), config.max_length - ids.shape[1] - 1)
-        following = torch.from_numpy(next_positions(positions[..., -1].numpy(), len(guessed) + 1))
+    while not made.done:
+        ids = made.ids
+        guessed = guesses.guess(ids[0].numpy(), choice.config.max_length - ids.shape[1] - 1)
+        count = len(guessed)
+        following = torch.from_numpy(next_positions(positions[..., -1].numpy(), count + 1))
         positions = torch.cat([positions, following[..., :-1]], dim=-1)
         fed = torch.cat([ids, torch.from_numpy(np.ascontiguousarray(guessed))[None]], dim=1)
-        output = model(fed[:, -positions.shape[-1] :], _longer(mask, len(guessed)), positions, cache, len(guessed) + 1)
-        cache, right = output.past_key_values, 0
-        for at in range(len(guessed) + 1):
-            logits = output.logits[:, at]
-            scores = choice.processors(ids, logits.clone())
-            token = choice.token(scores)
-            ids = torch.cat([ids, token[:, None]], dim=1)
-            if config.return_dict_in_generate:
-                kept.append((scores, logits))
-            if streamer is not None:
-                streamer.put(token)
-            done = bool(choice.criteria(ids, None).all())
-            is_right = at < len(guessed) and int(token) == guessed[at]
-            right += is_right
-            if done or not is_right:
-                break
+        output = model(fed[:, -positions.shape[-1] :], _longer(mask, count), positions, cache, count + 1)
+        new, right = made.take(output.logits, guessed)
+        cache = output.past_key_values
         # The last token that was chosen is not in the cache yet.
-        if (unused := len(guessed) - at) > 0:
+        if (unused := count + 1 - new) > 0:
             cache.crop(-unused)
         guesses.learn(right)
-        told.calls, told.guessed, told.accepted = told.calls + 1, told.guessed + len(guessed), told.accepted + right
-        mask, positions = _longer(mask, at + 1), following[..., at : at + 1]
+        told.calls, told.guessed, told.accepted = told.calls + 1, told.guessed + count, told.accepted + right
+        mask, positions = _longer(mask, new), following[..., new - 1 : new]
     if streamer is not None:
         streamer.end()
-    if not config.return_dict_in_generate:
-        return ids
-    return GenerateDecoderOnlyOutput(
-        sequences=ids,
-        scores=tuple(scores for scores, _ in kept) if config.output_scores else None,
-        logits=tuple(logits for _, logits in kept) if config.output_logits else None,
-        past_key_values=cache,
-    )
+    return made.output(cache)
+
+
+class _Made:
+    """The sequence as far as it is made."""
+
+    def __init__(self, ids: Any, choice: Choice, streamer: Any):
+        self.ids, self.done = ids, False
+        self._choice, self._streamer = choice, streamer
+        self._scores: list[Any] = []
+        self._logits: list[Any] = []
+
+    def take(self, logits: torch.Tensor, guessed: np.ndarray) -> tuple[int, int]:
+        """Append the tokens that logits [1, n + 1, V] choose, up to the first that is not the one of n guessed ones, or
+        the end. Returns how many, and how many of the guesses were right."""
+        for at in range(logits.shape[1]):
+            scores = self._choice.processors(self.ids, logits[:, at].clone())  # type: ignore[arg-type]
+            token = self._choice.token(scores)
+            self.ids = torch.cat([self.ids, token[:, None]], dim=1)
+            self._keep(scores, logits[:, at])
+            if self._streamer is not None:
+                self._streamer.put(token)
+            self.done = bool(self._choice.criteria(self.ids, None).all())  # type: ignore[arg-type]
+            right = at < len(guessed) and int(token) == guessed[at]
+            if self.done or not right:
+                return at + 1, at + int(right)
+        raise AssertionError("behind the last guess there is one more token")
+
+    def _keep(self, scores: torch.Tensor, logits: torch.Tensor) -> None:
+        config = self._choice.config
+        if config.return_dict_in_generate and config.output_scores:
+            self._scores.append(scores)
+        if config.return_dict_in_generate and config.output_logits:
+            self._logits.append(logits)
+
+    def output(self, cache: Any) -> Any:
+        """What generate() returns."""
+        if not self._choice.config.return_dict_in_generate:
+            return self.ids
+        return GenerateDecoderOnlyOutput(
+            sequences=self.ids,
+            scores=tuple(self._scores) or None,  # type: ignore[arg-type]
+            logits=tuple(self._logits) or None,  # type: ignore[arg-type]
+            past_key_values=cache,
+        )
 
 
 def _longer(mask: torch.Tensor | None, count: int) -> torch.Tensor | None:
