@@ -106,9 +106,9 @@ def convert(
     and values. lora: a folder as PEFT saves a LoRA, to be merged into the weights (see `with_lora`). p_tuning: a folder
     with the prefix encoder of a P-Tuning v2, where the checkpoint does not hold it itself (see `read_prefix`).
     choices: other formats for some weights, other groups for int4.
-    calibration: how int4 weights are chosen; None: each is rounded to the nearest. ops: `stock` builds the graph from
-    OpenVINO's own operations; `fused` from those of the native library, and is `stock`, with a warning, where that
-    cannot be used.
+    calibration: how int4 weights, and with GPTQ int8 ones, are chosen; None: each is rounded to the nearest. ops:
+    `stock` builds the graph from OpenVINO's own operations; `fused` from those of the native library, and is `stock`,
+    with a warning, where that cannot be used.
     rope_ratio_meaning: `position` or `base`, where the checkpoint's config.json does not tell (see
     `ChatGLM2Config`). rope_theta: the rotary base of `glm` and `glm4` models where config.json has a wrong one.
     rope_scaling: for contexts that are longer than those the model was trained on, fields as in config.json:
@@ -142,13 +142,15 @@ def convert(
             _write_side_files(source, partial, fields, config, ops)
             if prefix is not None:
                 prefix.save(partial)
-            chosen = _int4_source(config, weights, choices, calibration, sequences, partial, progress)
-            for_int4 = stack.enter_context(chosen)
+            sources = _calibrated(config, weights, plan, choices, calibration, sequences, partial, progress)
+            calibrated = stack.enter_context(sources)
             report = stack.enter_context(_progress_bar(plan, progress))
             for name in plan.weight_formats:
-                used, described = weights, {} if adapter is None else {"lora": adapter.resolve().name}
-                if name == "int4" and calibration is not None:
-                    used, described["calibration"] = for_int4, calibration.label
+                described = {} if adapter is None else {"lora": adapter.resolve().name}
+                if calibration is not None and name in calibrated:
+                    # Columns of int8 are not scaled: they have steps to spare.
+                    described["calibration"] = calibration.label if name == "int4" else "gptq"
+                used = calibrated.get(name, weights)
                 _write_model(config, used, partial / name, name, ops, report, choices, described)
     return target
 
@@ -171,8 +173,10 @@ def _trained_prefix(config: ArchitectureConfig, weights: Checkpoint, folder: Pat
 def _check_calibration(weights: Checkpoint, weight_formats: Sequence[str], calibration: Calibration | None) -> None:
     if calibration is None:
         return
-    if "int4" not in weight_formats:
-        raise ChatGLMError("convert", "calibration", calibration.label, "int4 among the weight formats")
+    formats = ("int4", "int8") if "gptq" in calibration.methods else ("int4",)
+    if not set(formats) & set(weight_formats):
+        wanted = f"{' or '.join(formats)} among the weight formats"
+        raise ChatGLMError("convert", "calibration", calibration.label, wanted)
     if any(isinstance(weights[name], QuantizedTensor) for name in weights.names):
         raise ChatGLMError(weights.folder, "weights", "quantized already", "no calibration, or the original weights")
 
@@ -186,25 +190,27 @@ def _sequences(source: Path, config: ArchitectureConfig, calibration: Calibratio
 
 
 @contextmanager
-def _int4_source(
+def _calibrated(
     config: ArchitectureConfig,
     weights: Checkpoint,
+    plan: Plan,
     choices: FormatChoices,
     calibration: Calibration | None,
     sequences: list[np.ndarray],
     folder: Path,
     progress: bool,
-) -> Iterator[Checkpoint]:
-    """The weights with int4 ones that are chosen by the calibration and kept in `folder` for so long."""
+) -> Iterator[dict[str, Checkpoint]]:
+    """By weight format, the weights with those that are chosen by the calibration and kept in `folder` for so long."""
     if calibration is None:
-        yield weights
+        yield {}
         return
-    from chatglm_ov.calibration.needs import int4_weights
+    from chatglm_ov.calibration.needs import calibrated_weights
     from chatglm_ov.calibration.run import calibrate
 
-    formats = int4_weights(config, choices)
+    formats = calibrated_weights(config, choices, plan.weight_formats, calibration.methods)
+    total = sum(map(len, formats.values()))
     with TemporaryDirectory(dir=folder) as kept:
-        with tqdm(total=len(formats), unit="weight", disable=not progress, desc=calibration.label) as bar:
+        with tqdm(total=total, unit="weight", disable=not progress, desc=calibration.label) as bar:
 
             def report(name: str) -> None:
                 bar.set_postfix_str(name, refresh=False)
@@ -256,10 +262,11 @@ def make_plan(
     largest = max(4 * prod(shape) for shape in shapes.values())
     memory = BLOCKS_IN_MEMORY * min(largest, BLOCK_BYTES)
     if calibration is not None:
-        from chatglm_ov.calibration.needs import disk_bytes, memory_bytes
+        from chatglm_ov.calibration.needs import calibrated_weights, disk_bytes, memory_bytes
 
-        disk += disk_bytes(config, choices)
-        memory = max(memory, memory_bytes(config, choices, calibration.tokens))
+        chosen = calibrated_weights(config, choices, formats, calibration.methods)
+        disk += disk_bytes(config, chosen)
+        memory = max(memory, memory_bytes(config, chosen, calibration.tokens))
     return Plan(config, formats, read, disk, LIBRARIES_BYTES + memory)
 
 

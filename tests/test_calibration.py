@@ -29,7 +29,7 @@ from chatglm_ov import ChatGLMError, convert
 from chatglm_ov.calibration import run as calibration_run
 from chatglm_ov.calibration.eager import EagerLowering
 from chatglm_ov.calibration.moments import STRIPE, InputMoments
-from chatglm_ov.calibration.needs import int4_weights
+from chatglm_ov.calibration.needs import calibrated_weights
 from chatglm_ov.calibration.rounding import LAZY_COLUMNS, ROWS, Compensation, Grid, clipped, grouped
 from chatglm_ov.calibration.run import calibrate
 from chatglm_ov.calibration.scaling import column_scales
@@ -122,10 +122,12 @@ def test_folded_scales_change_nothing(golden, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(calibration_run, "column_scales", any_scales)
     monkeypatch.setattr(calibration_run, "_Chosen", _NotRounded)
-    formats = int4_weights(config, FormatChoices(lm_head_format="f32", group_size=32))
+    choices = FormatChoices(lm_head_format="f32", group_size=32)
+    formats = calibrated_weights(config, choices, ("int4",), ("awq",))
     assert set(module.input_folds(config)) <= set(module.weight_shapes(config))
     with Checkpoint.open(golden.checkpoint) as weights:
-        scaled = calibrate(config, weights, formats, _sequences(original), ("awq",), tmp_path, lambda name: None)
+        chosen = calibrate(config, weights, formats, _sequences(original), ("awq",), tmp_path, lambda name: None)
+        scaled = chosen["int4"]
         eager: dict[str, np.ndarray] = {}
         ids = _sequences(original)
         module.build(config, EagerLowering(scaled, config, ids, lambda name, x: eager.__setitem__(name, x)))
@@ -269,11 +271,12 @@ def test_columns_of_one_maker_share_a_factor():
 # From one end to the other
 
 
+@pytest.mark.parametrize("weight_format", ["int4", "int8"])
 @each_ops
-def test_calibrated_demo_is_nearer_to_the_original(ops, two_layers: Path, tmp_path: Path):
+def test_calibrated_demo_is_nearer_to_the_original(ops, weight_format, two_layers: Path, tmp_path: Path):
     """KL divergence from f32 over poems that neither training nor calibration used; agreement with f32."""
     for name, options in (("plain", {}), ("chosen", {"calibration": Calibration(tokens=8192)})):
-        convert(two_layers, tmp_path / name, ("int4",), ops, progress=False, **options)
+        convert(two_layers, tmp_path / name, (weight_format,), ops, progress=False, **options)
     convert(two_layers, tmp_path / "f32", ("f32",), "stock", progress=False)
     texts = tmp_path / "poems.jsonl"
     texts.write_text(
@@ -282,7 +285,7 @@ def test_calibrated_demo_is_nearer_to_the_original(ops, two_layers: Path, tmp_pa
     documents = Source(texts, prompt=POEMS.prompt).documents(load_tokenizer(two_layers))
     reference = load_model(tmp_path / "f32", "f32", "f32")
     scores = [
-        evaluate(load_model(tmp_path / name), reference, Windows(documents, 128, 64), lambda count: None)
+        evaluate(load_model(tmp_path / name, None, "f32"), reference, Windows(documents, 128, 64), lambda count: None)
         for name in ("plain", "chosen")
     ]
     assert scores[1].divergence < 0.6 * scores[0].divergence
@@ -317,11 +320,22 @@ def test_calibration_is_told_and_repeatable(two_layers: Path, tmp_path: Path):
     assert files[0].read_bytes() == files[1].read_bytes()
     model = load_model(tmp_path / "first", "int4").model
     assert model.get_rt_info(["chatglm_ov", "calibration"]).astype(str) == "awq+gptq"
-    assert not load_model(tmp_path / "first", "int8").model.has_rt_info(["chatglm_ov", "calibration"])
+    int8 = load_model(tmp_path / "first", "int8").model
+    assert int8.get_rt_info(["chatglm_ov", "calibration"]).astype(str) == "gptq"
     assert listing(tmp_path / "first") == listing(tmp_path / "second")
-    plain_int8 = convert(two_layers, tmp_path / "plain", ("int8",), progress=False)
-    files = [folder / "int8" / "openvino_model.bin" for folder in (plain_int8, tmp_path / "first")]
+    # Each format is what it is alone.
+    convert(two_layers, tmp_path / "alone", ("int8",), calibration=_tiny(tmp_path), progress=False)
+    files = [tmp_path / name / "int8" / "openvino_model.bin" for name in ("first", "alone")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_int8_is_chosen_by_gptq_alone(two_layers: Path, tmp_path: Path):
+    scaled = Calibration(("awq",), source=_tiny(tmp_path).source, tokens=256, window=128)
+    convert(two_layers, tmp_path / "awq", ("int4", "int8"), calibration=scaled, progress=False)
+    convert(two_layers, tmp_path / "plain", ("int8",), progress=False)
+    files = [tmp_path / name / "int8" / "openvino_model.bin" for name in ("awq", "plain")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not load_model(tmp_path / "awq", "int8").model.has_rt_info(["chatglm_ov", "calibration"])
 
 
 def _tiny(folder: Path) -> Calibration:
@@ -404,8 +418,8 @@ def test_bad_arguments(tmp_path: Path, run: Run):
         Calibration(("magic",))
     with pytest.raises(ChatGLMError, match="calibration tokens is 100, expected at least a window of 512"):
         Calibration(tokens=100)
-    with pytest.raises(ChatGLMError, match=r"calibration is awq\+gptq, expected int4 among the weight formats"):
-        convert(DEMO, tmp_path / "out", ("int8",), calibration=SMALL, progress=False)
+    with pytest.raises(ChatGLMError, match=r"calibration is awq\+gptq, expected int4 or int8 among the weight"):
+        convert(DEMO, tmp_path / "out", ("bf16",), calibration=SMALL, progress=False)
     with pytest.raises(ChatGLMError, match="calibration window is 4096, expected at most 2048"):
         convert(DEMO, tmp_path / "out", ("int4",), calibration=Calibration(tokens=4096, window=4096), progress=False)
     for options in (["--calibration-tokens", "600"], ["--awq", "--calibration-field", "text"]):

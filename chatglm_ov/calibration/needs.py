@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.models import architecture, graph_shapes
 from chatglm_ov.weights.choices import FormatChoices
 from chatglm_ov.weights.formats import WeightFormat
 
+INT8_ROWS = 8192
+"""Rows of an int8 weight that are chosen at once."""
+
 LIBRARIES_BYTES = 300_000_000
 """Anonymous memory of torch and of OpenVINO's compiler beyond that of any conversion."""
 
 
-def int4_weights(config: ArchitectureConfig, choices: FormatChoices) -> dict[str, WeightFormat]:
-    """The weights of an int4 model that are int4, by name."""
+def calibrated_weights(
+    config: ArchitectureConfig, choices: FormatChoices, weight_formats: Sequence[str], methods: Sequence[str]
+) -> dict[str, dict[str, WeightFormat]]:
+    """The weights that a calibration chooses, by model format and name: int4 ones, and with GPTQ int8 ones too."""
+    names = ("int4", "int8") if "gptq" in methods else ("int4",)
+    chosen = {}
+    for model in (name for name in weight_formats if name in names):
+        formats = _linear_formats(config, choices, model)
+        chosen[model] = {name: fmt for name, fmt in formats.items() if fmt.name in names}
+    return {model: formats for model, formats in chosen.items() if formats}
+
+
+def _linear_formats(config: ArchitectureConfig, choices: FormatChoices, model: str) -> dict[str, WeightFormat]:
     module = architecture(config)
     shapes = {name: shape for name, shape in graph_shapes(config).items() if len(shape) == 2}
     head = module.LM_HEAD if module.LM_HEAD in shapes else module.EMBEDDING
     columns = shapes.pop(head)[1]
     shapes.pop(module.EMBEDDING, None)
-    formats = {name: choices.linear("int4", name, shape[1]) for name, shape in shapes.items()}
-    formats[head] = choices.lm_head("int4", columns)
-    return {name: fmt for name, fmt in formats.items() if fmt.name == "int4"}
+    formats = {name: choices.linear(model, name, shape[1]) for name, shape in shapes.items()}
+    return {**formats, head: choices.lm_head(model, columns)}
 
 
-def disk_bytes(config: ArchitectureConfig, choices: FormatChoices) -> int:
-    """Of the files of what is chosen, which are there until the model is written."""
+def disk_bytes(config: ArchitectureConfig, chosen: Mapping[str, Mapping[str, WeightFormat]]) -> int:
+    """Of the files of what is chosen, which are there until the models are written."""
     shapes = graph_shapes(config)
-    return sum(fmt.nbytes(shapes[name]) for name, fmt in int4_weights(config, choices).items())
+    return sum(fmt.nbytes(shapes[name]) for formats in chosen.values() for name, fmt in formats.items())
 
 
-def memory_bytes(config: ArchitectureConfig, choices: FormatChoices, tokens: int) -> int:
+def memory_bytes(config: ArchitectureConfig, chosen: Mapping[str, Mapping[str, WeightFormat]], tokens: int) -> int:
     """The larger of two moments. A layer's inputs are summed up and a weight chosen: the values of the text (the
-    residual twice, the input of the layer), the weight three times, the second moments of its input four times over.
-    A layer, but not the LM head, is run: the same values, what it makes, and its weight as read, as a constant and as
-    laid out."""
+    residual twice, the input of the layer), the second moments of its input four times over, and the weight three
+    times, of int8 some rows of it and its codes. A layer, but not the LM head, is run: the same values, what it makes,
+    and its weight as read, as a constant and as laid out."""
     shapes = graph_shapes(config)
     needs = [0]
-    for name in int4_weights(config, choices):
+    for name, fmt in ((name, fmt) for formats in chosen.values() for name, fmt in formats.items()):
         rows, columns = shapes[name]
         values = tokens * (2 * config.hidden_size + columns)
-        needs.append(4 * (values + 3 * rows * columns + 4 * columns**2))
+        at_once = min(rows, INT8_ROWS) if fmt.name == "int8" else rows
+        needs.append(4 * (values + 3 * at_once * columns + 4 * columns**2) + rows * columns)
         if rows != config.vocab_rows:
             needs.append(4 * (values + tokens * rows + 3 * rows * columns))
     return LIBRARIES_BYTES + max(needs)

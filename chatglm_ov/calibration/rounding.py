@@ -1,4 +1,4 @@
-"""From a weight and the moments of its input to int4 codes. Letters: n rows, K columns, G groups of them.
+"""From a weight and the moments of its input to int4 or int8 codes. Letters: n rows, K columns, G groups of them.
 
 `clipped` shrinks the range of each group to where the rounding errors, weighed by the square of the inputs, are
 smallest. `Compensation` rounds one column after the other, those of the largest inputs first, and lets each make up for
@@ -10,16 +10,18 @@ w_j + (d_0 R_0j + ... + d_{j-1} R_{j-1,j}) / R_jj. That needs no inverse (arXiv:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from chatglm_ov.calibration.moments import InputMoments
+from chatglm_ov.weights.formats import SMALLEST_SCALE
 
-LEVELS = 15
+LEVELS = {"int4": 15, "int8": 254}
+"""Steps of a range. Those of int8 are codes -127..127, 127 lower than here."""
 LARGEST_SCALE = torch.finfo(torch.float16).max
-RANGES = [1 - 0.04 * i for i in range(11)]
+RANGES = {"int4": [1 - 0.04 * i for i in range(11)], "int8": [1 - 0.01 * i for i in range(11)]}
 """Shares of a group's range that are tried."""
 CLIP_ELEMENTS = 1 << 18
 """Weights that are clipped at once: what a core's cache holds."""
@@ -34,14 +36,19 @@ ROWS = 1024
 
 @dataclass(frozen=True)
 class Grid:
-    """weight = (code - zero_point) * scale; both float32 [n, G, 1], whole numbers 0..15 and float16 values."""
+    """weight = (code - zero_point) * scale; both float32 [n, G, 1]. Codes and zero points are 0..levels, scales of int4
+    float16 values."""
 
     zero_point: Tensor
     scale: Tensor
+    levels: int = LEVELS["int4"]
 
     def codes(self, groups: Tensor) -> Tensor:
-        """The nearest codes 0..15 of [n, G, columns of a group]."""
-        return torch.round(groups / self.scale).add_(self.zero_point).clamp_(0, LEVELS)
+        """The nearest codes of [n, G, columns of a group]."""
+        return torch.round(groups / self.scale).add_(self.zero_point).clamp_(0, self.levels)
+
+    def rows(self, rows: slice) -> Grid:
+        return replace(self, zero_point=self.zero_point[rows], scale=self.scale[rows])
 
     def values(self, codes: Tensor) -> Tensor:
         return (codes - self.zero_point) * self.scale
@@ -54,28 +61,37 @@ class Grid:
         """Of a share of each group's range, stretched to hold 0."""
         low = groups.amin(-1, keepdim=True).mul_(share).clamp_(max=0)
         high = groups.amax(-1, keepdim=True).mul_(share).clamp_(min=0)
-        scale = ((high - low) / LEVELS).clamp_(max=LARGEST_SCALE).half().float()
+        levels = LEVELS["int4"]
+        scale = ((high - low) / levels).clamp_(max=LARGEST_SCALE).half().float()
         scale[scale == 0] = 1
-        return cls(torch.round(-low / scale).clamp_(0, LEVELS), scale)
+        return cls(torch.round(-low / scale).clamp_(0, levels), scale)
+
+    @classmethod
+    def symmetric(cls, groups: Tensor, share: float = 1.0) -> Grid:
+        """Of a share of the largest magnitude of each group, for int8."""
+        middle = LEVELS["int8"] // 2
+        scale = groups.abs().amax(-1, keepdim=True) * (share / middle)
+        scale[scale < SMALLEST_SCALE] = 1
+        return cls(torch.full_like(scale, middle), scale, LEVELS["int8"])
 
     @classmethod
     def joined(cls, grids: Sequence[Grid]) -> Grid:
         """Of the rows of all of them."""
-        return cls(torch.cat([grid.zero_point for grid in grids]), torch.cat([grid.scale for grid in grids]))
+        zero_point, scale = (torch.cat([getattr(grid, part) for grid in grids]) for part in ("zero_point", "scale"))
+        return cls(zero_point, scale, grids[0].levels)
 
     def where(self, chosen: Tensor, other: Grid) -> Grid:
         """This one where chosen [n, G, 1] says so."""
-        return Grid(
-            torch.where(chosen, self.zero_point, other.zero_point), torch.where(chosen, self.scale, other.scale)
-        )
+        zero_point = torch.where(chosen, self.zero_point, other.zero_point)
+        return Grid(zero_point, torch.where(chosen, self.scale, other.scale), self.levels)
 
 
-def clipped(weight: Tensor, importance: Tensor, group: int) -> Grid:
+def clipped(weight: Tensor, importance: Tensor, group: int, name: str = "int4") -> Grid:
     """The best grid of each group of weight [n, K], every weight rounded by itself. importance [K]: mean squares of
-    the inputs."""
+    the inputs. name: of the format."""
     importance = importance.reshape(-1, group)
     rows = max(1, CLIP_ELEMENTS // weight.shape[1])
-    return Grid.joined([_best_grid(grouped(block, group), importance) for block in weight.split(rows)])
+    return Grid.joined([_best_grid(grouped(block, group), importance, name) for block in weight.split(rows)])
 
 
 def grouped(weight: Tensor, group: int) -> Tensor:
@@ -83,10 +99,11 @@ def grouped(weight: Tensor, group: int) -> Tensor:
     return weight.reshape(len(weight), -1, group)
 
 
-def _best_grid(groups: Tensor, importance: Tensor) -> Grid:
-    best, least = Grid.over(groups), torch.full((), torch.inf)
-    for share in RANGES:
-        grid = Grid.over(groups, share)
+def _best_grid(groups: Tensor, importance: Tensor, name: str) -> Grid:
+    over = Grid.over if name == "int4" else Grid.symmetric
+    best, least = over(groups), torch.full((), torch.inf)
+    for share in RANGES[name]:
+        grid = over(groups, share)
         error = ((grid.rounded(groups) - groups).square_() * importance).sum(-1, keepdim=True)
         best, least = grid.where(error < least, best), torch.minimum(error, least)
     return best
@@ -104,7 +121,7 @@ class Compensation:
         codes = torch.empty(weight.shape, dtype=torch.uint8)
         for start in range(0, len(weight), ROWS):
             rows = slice(start, start + ROWS)
-            codes[rows] = self._codes(weight[rows], Grid(grid.zero_point[rows], grid.scale[rows]), group)
+            codes[rows] = self._codes(weight[rows], grid.rows(rows), group)
         return codes
 
     def _codes(self, weight: Tensor, grid: Grid, group: int) -> Tensor:
@@ -118,7 +135,7 @@ class Compensation:
             factor, errors = self._factor[start:end], torch.empty(end - start, weight.shape[1])
             for i, column in enumerate(range(start, end)):
                 wanted = weight[column] + carried[column] / factor[i, column]
-                code = wanted.div_(scale[column]).round_().add_(zero_point[column]).clamp_(0, LEVELS)
+                code = wanted.div_(scale[column]).round_().add_(zero_point[column]).clamp_(0, grid.levels)
                 codes[column] = code
                 errors[i] = weight[column] - code.sub_(zero_point[column]).mul_(scale[column])
                 carried[column + 1 : end].addr_(factor[i, column + 1 : end], errors[i])

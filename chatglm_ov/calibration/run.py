@@ -1,12 +1,12 @@
-"""A calibration from one end to the other: the model is run on the text once, and every int4 weight is chosen when its
-input is there.
+"""A calibration from one end to the other: the model is run on the text once, and every int4 and int8 weight is chosen
+when its input is there.
 
 What was chosen is kept in files, a weight each, and read by the conversion as if the checkpoint had it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from torch import Tensor as Values
 
 from chatglm_ov.calibration.eager import EagerLowering
 from chatglm_ov.calibration.moments import InputMoments
-from chatglm_ov.calibration.rounding import ROWS, Compensation, Grid, clipped, grouped
+from chatglm_ov.calibration.needs import INT8_ROWS
+from chatglm_ov.calibration.rounding import LEVELS, ROWS, Compensation, Grid, clipped, grouped
 from chatglm_ov.calibration.scaling import column_scales
 from chatglm_ov.checkpoint import Checkpoint, Rows, Tensor
 from chatglm_ov.config import ArchitectureConfig
@@ -31,47 +32,60 @@ from chatglm_ov.weights.quantized import Parts, QuantizedTensor
 from chatglm_ov.weights.store import checked
 
 Report = Callable[[str], None]
-"""Called with the name of each weight that was chosen."""
+"""Called with the name of each weight that was chosen, once for each model format."""
 
 
 def calibrate(
     config: ArchitectureConfig,
     weights: Checkpoint,
-    formats: dict[str, WeightFormat],
+    formats: Mapping[str, Mapping[str, WeightFormat]],
     sequences: Sequence[np.ndarray],
     methods: Sequence[str],
     folder: Path,
     report: Report,
-) -> Checkpoint:
-    """The weights with those of `formats` as int4. sequences: int64 [N] each. folder: for what is chosen; it must stay
-    as long as the result is used. Raises ChatGLMError for weights that are no numbers."""
+) -> dict[str, Checkpoint]:
+    """The weights for each model format, with those that `formats` has for it as int4 and int8. sequences: int64 [N]
+    each. folder: for what is chosen; it must stay as long as the result is used. Raises ChatGLMError for weights that
+    are no numbers."""
     folds = architecture(config).input_folds(config) if "awq" in methods else {}
-    chosen = _Chosen(weights, folder)
+    models = {model: _Chosen(weights, folder / model) for model in formats}
 
     def observe(name: str, x: np.ndarray) -> None:
-        if name in formats and name not in chosen:
-            chosen.add(name, _choose(weights[name], formats[name], InputMoments.of(x), methods, folds.get(name)))
-            report(name)
+        wanted = {model: found[name] for model, found in formats.items() if name in found}
+        if not wanted or any(name in models[model] for model in wanted):
+            return
+        moments = InputMoments.of(x)
+        _check_moments(weights[name], moments)
+        # Of int8 before int4, for which the moments are scaled.
+        for fmt in sorted(set(wanted.values()), key=lambda fmt: fmt.name == "int4"):
+            choice = _choose(weights[name], fmt, moments, methods, folds.get(name))
+            for model in (model for model, other in wanted.items() if other == fmt):
+                models[model].add(name, choice)
+                report(name)
 
     architecture(config).build(config, EagerLowering(weights, config, sequences, observe))
-    return chosen.checkpoint()
+    return {model: chosen.checkpoint() for model, chosen in models.items()}
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """codes uint8 [N, K]; grid [N, G, 1]; what to divide the rows of other tensors by."""
+    """parts: what is stored, by name. divisors: what to divide the rows of other tensors by."""
 
     format: WeightFormat
-    codes: np.ndarray
-    grid: Grid
+    parts: dict[str, np.ndarray]
     divisors: dict[str, np.ndarray]
+
+
+def _check_moments(tensor: Tensor, moments: InputMoments) -> None:
+    if not torch.isfinite(moments.second).all():
+        raise ChatGLMError(tensor.file, f"input of {tensor.name}", "infinite or not a number", "finite activations")
 
 
 def _choose(
     tensor: Tensor, fmt: WeightFormat, moments: InputMoments, methods: Sequence[str], fold: Fold | None
 ) -> _Choice:
-    if not torch.isfinite(moments.second).all():
-        raise ChatGLMError(tensor.file, f"input of {tensor.name}", "infinite or not a number", "finite activations")
+    if fmt.name == "int8":
+        return _Choice(fmt, _int8_parts(tensor, fmt, moments), {})
     weight = torch.from_numpy(checked(tensor, tensor.read(), fmt.largest))
     group = fmt.group_size(weight.shape[1])
     divisors: dict[str, np.ndarray] = {}
@@ -83,7 +97,26 @@ def _choose(
         divisors = dict.fromkeys(fold.into, _by_row(rows, scale))
     grid = clipped(weight, moments.second.diagonal(), group)
     codes = Compensation(moments).codes(weight, grid, group) if "gptq" in methods else _nearest(weight, grid, group)
-    return _Choice(fmt, codes.numpy(), grid, divisors)
+    parts = {
+        "codes": pack_u4(codes.numpy()).reshape(len(codes), -1),
+        "zero_point": grid.zero_point.to(torch.uint8).numpy(),
+        "scale": grid.scale.half().numpy(),
+    }
+    return _Choice(fmt, parts, divisors)
+
+
+def _int8_parts(tensor: Tensor, fmt: WeightFormat, moments: InputMoments) -> dict[str, np.ndarray]:
+    """Compensated codes int8 [N, K] and scales float32 [N, 1], some rows at a time: an LM head is large."""
+    count, columns = tensor.shape
+    codes, scales = np.empty((count, columns), np.int8), np.empty((count, 1), np.float32)
+    compensation, importance = Compensation(moments), moments.second.diagonal()
+    for start in range(0, count, INT8_ROWS):
+        rows = slice(start, min(count, start + INT8_ROWS))
+        weight = torch.from_numpy(checked(tensor, tensor.rows(rows), fmt.largest))
+        grid = clipped(weight, importance, columns, "int8")
+        codes[rows] = compensation.codes(weight, grid, columns).short().sub_(LEVELS["int8"] // 2).numpy()
+        scales[rows] = grid.scale[..., 0].numpy()
+    return {"codes": codes, "scale": scales}
 
 
 def _nearest(weight: Values, grid: Grid, group: int) -> Values:
@@ -91,7 +124,7 @@ def _nearest(weight: Values, grid: Grid, group: int) -> Values:
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
-        block = Grid(grid.zero_point[rows], grid.scale[rows]).codes(grouped(weight[rows], group))
+        block = grid.rows(rows).codes(grouped(weight[rows], group))
         codes[rows] = block.reshape_as(weight[rows])
     return codes
 
@@ -107,6 +140,7 @@ class _Chosen:
     """The weights chosen so far, a file each."""
 
     def __init__(self, weights: Checkpoint, folder: Path):
+        folder.mkdir()
         self._weights, self._folder = weights, folder
         self._files: dict[str, tuple[WeightFormat, Path]] = {}
         self._divisors: dict[str, np.ndarray] = {}
@@ -116,14 +150,8 @@ class _Chosen:
 
     def add(self, name: str, choice: _Choice) -> None:
         file = self._folder / f"{len(self._files)}.safetensors"
-        grid = choice.grid
-        parts = {
-            "codes": pack_u4(choice.codes).reshape(len(choice.codes), -1),
-            "zero_point": grid.zero_point.to(torch.uint8).numpy(),
-            "scale": grid.scale.half().numpy(),
-        }
         try:
-            save_file(parts, file)
+            save_file(choice.parts, file)
         except SafetensorError as error:
             # All that the library says of a full disk.
             raise OSError(str(error)) from error
@@ -145,11 +173,16 @@ class _Chosen:
         columns = original.shape[1]
 
         def parts(rows: Rows) -> Parts:
-            codes, zero_point, scale = (stored[part].view()[rows] for part in ("codes", "zero_point", "scale"))
+            codes, scale = (stored[part].view()[rows] for part in ("codes", "scale"))
             scale = scale.astype(np.float32)
             if divisors is not None:
-                scale = _float16(_divided(scale, rows, divisors))
-            return unpack_u4(codes).reshape(len(codes), -1, fmt.group_size(columns)), zero_point.copy(), scale
+                scale = _divided(scale, rows, divisors)
+            if fmt.name == "int8":
+                return codes.copy(), scale
+            if divisors is not None:
+                scale = _float16(scale)
+            zero_point = stored["zero_point"].view()[rows].copy()
+            return unpack_u4(codes).reshape(len(codes), -1, fmt.group_size(columns)), zero_point, scale
 
         return QuantizedTensor(name, original.file, original.shape, fmt.name, original.nbytes, fmt, parts)
 
