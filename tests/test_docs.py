@@ -1,8 +1,8 @@
 """Every page starts with a command, every command and program on it runs, and the Chinese pages match the English.
 
 `chatglm3-6b` on the pages is the demo checkpoint here: a real one of that architecture, only smaller.
-`chatglm3-6b-lora` is an adapter for it, `poems.jsonl` holds one poem. A calibration is of fewer tokens than usual: it
-would be most of the time here.
+`chatglm3-6b-lora` is an adapter for it, `chatglm3-6b-ptuning` a trained prefix, `poems.jsonl` holds one poem. A
+calibration is of fewer tokens than usual: it would be most of the time here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from lora_files import low_rank, write_lora
+from safetensors.torch import save_file
 
 from chatglm_ov.cli import demo
 from chatglm_ov.cli.main import main
@@ -28,7 +30,7 @@ PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")])
 ENGLISH = [page for page in PAGES if not page.name.endswith(".zh.md")]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CHECKPOINT = ROOT / "chatglm_ov" / "demo" / "checkpoint"
-HIDDEN = 256
+HIDDEN, LAYERS, KEY_VALUE_FEATURES = 256, 5, 128
 FEW_TOKENS = "1024"
 
 
@@ -87,6 +89,9 @@ def test_commands_and_programs_run(
     write_lora(
         Path("chatglm3-6b-lora"), low_rank("transformer.encoder.layers.0.self_attention.dense", (HIDDEN, HIDDEN))
     )
+    Path("chatglm3-6b-ptuning").mkdir()
+    prefix = {"transformer.prefix_encoder.embedding.weight": torch.zeros(4, 2 * LAYERS * KEY_VALUE_FEATURES)}
+    save_file(prefix, "chatglm3-6b-ptuning/model.safetensors")
     poem = {"title": "静夜思", "author": "李白", "text": "床前明月光，疑是地上霜。举头望明月，低头思故乡。"}
     Path("poems.jsonl").write_text(json.dumps(poem, ensure_ascii=False) + "\n", encoding="utf-8")
     found = blocks(page)
