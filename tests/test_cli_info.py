@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,12 @@ import openvino as ov
 import pytest
 from command_line import Run, checkpoint, converted, copy_of, finish, run, spawn  # noqa: F401
 from golden_cases import each_ops, without_library
+from safetensors.numpy import save_file
 
 from chatglm_ov import convert
 from chatglm_ov.cli.folder import released_models
 from chatglm_ov.cli.machine import cpu_flags, isa_of, isa_of_kernel
-from chatglm_ov.config import parse_config
+from chatglm_ov.config import load_config, parse_config
 from chatglm_ov.native import unavailable
 from chatglm_ov.presets import PRESETS, config_json
 
@@ -193,3 +195,18 @@ def test_damaged_weights(
     folder = copy_of(converted, tmp_path / "damaged")
     damage(folder / weight_format / "openvino_model.bin")
     assert told in run("info", folder).error
+
+
+def test_longer_contexts_and_trained_prefixes_are_told(data: Path, tmp_path: Path, run: Run) -> None:
+    checkpoint = data / "golden" / "v2" / "v2_tiny" / "checkpoint"
+    config = load_config(checkpoint)
+    features = 2 * config.num_layers * config.num_key_value_heads * config.head_dim
+    (tmp_path / "tuned").mkdir()
+    tensors = {"transformer.prefix_encoder.embedding.weight": np.zeros((7, features), np.float32)}
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors")
+    options = ["--p-tuning", tmp_path / "tuned", "--rope-scaling", "yarn:4", "--weight-format", "int8"]
+    assert run("convert", checkpoint, tmp_path / "out", *options).code == 0
+    told = run("info", tmp_path / "out").out
+    assert re.search(r"trained prefix +7 tokens", told)
+    assert re.search(r"rope scaling +yarn, 4 times as long", told)
+    assert re.search(rf"positions +{4 * config.seq_length}", told)

@@ -136,6 +136,11 @@ def test_what_the_model_does_not_give_is_refused(pair, name):
         pair[1].generate(PROMPT, max_new_tokens=2, return_dict_in_generate=True, **{name: True})
 
 
+def test_guidance_is_refused(pair):
+    with pytest.raises(ChatGLMError, match=r"guidance_scale is 1\.5"):
+        pair[1].generate(PROMPT, max_new_tokens=2, guidance_scale=1.5)
+
+
 def test_a_stream_of_beams_is_refused_as_transformers_does(pair):
     class Tokenizer:
         def decode(self, ids, **kwargs):

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer-formats", type=Path, metavar="FILE", help="JSON object of formats by patterns of weight names"
     )
     parser.add_argument("--awq", action="store_true", help="int4: scale columns by their activations, clip ranges")
-    parser.add_argument("--gptq", action="store_true", help="int4: clip ranges, compensate rounding errors")
+    parser.add_argument("--gptq", action="store_true", help="int4 and int8: clip ranges, compensate rounding errors")
     parser.add_argument(
         "--calibration",
         type=Path,
@@ -103,6 +103,9 @@ def _rope_scaling(text: str) -> dict[str, Any]:
     """A type for an argument: the fields of config.json for `yarn:4`."""
     kind, _, factor = text.partition(":")
     return {"rope_type": kind, "factor": float(factor)}
+
+
+_rope_scaling.__name__ = "TYPE:FACTOR"
 
 
 def default_formats(checkpoint: Path) -> Sequence[str]:

@@ -25,6 +25,7 @@ from chatglm_ov.weights.ir import IR_NAME, RT_INFO
 TOKENIZER_FILES = ("ice_text.model", "tokenizer.model", "tokenizer.json")
 _NOT_SHAPE = {
     "bos_token_id", "eos_token_id", "pad_token_id", "pre_seq_len", "quantization_bit", "rope_ratio_meaning",
+    "rope_scaling",
 }  # fmt: skip
 
 
@@ -59,8 +60,11 @@ def _model(config: ArchitectureConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "vocab_rows": config.vocab_rows,
         "max_positions": config.max_positions,
+        "pre_seq_len": config.pre_seq_len or 0,
         "kv_cache_bytes_per_token": {"bf16": 2 * elements, "f32": 4 * elements},
     }
+    scaling = getattr(config, "rope_scaling", None)
+    described["rope_scaling"] = None if scaling is None else scaling.model_dump(exclude_none=True)
     rope = {name: getattr(config, name) for name in ("rope_ratio", "rope_ratio_meaning") if hasattr(config, name)}
     return {**described, **rope}
 

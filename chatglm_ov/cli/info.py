@@ -51,6 +51,10 @@ def _folder_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "positions", "no limit" if found["max_positions"] is None else str(found["max_positions"])
     if found.get("rope_ratio", 1) != 1:
         yield "rope_ratio", f"{found['rope_ratio']:g}, on the {found['rope_ratio_meaning']}"
+    if found["rope_scaling"]:
+        yield "rope scaling", f"{found['rope_scaling']['rope_type']}, {found['rope_scaling']['factor']:g} times as long"
+    if found["pre_seq_len"]:
+        yield "trained prefix", f"{found['pre_seq_len']} tokens (P-Tuning v2)"
     tokenizer = found["tokenizer"]
     yield "tokenizer", f"{tokenizer['family']}, {tokenizer['file']}" if tokenizer else "none in the folder"
     yield from _cache_line(found)

@@ -59,6 +59,9 @@ class StatefulGenerationMixin(GenerationMixin):
         """
         if kwargs.get("inputs_embeds") is not None:
             raise ChatGLMError("generate", "inputs_embeds", "given", "input_ids")
+        if kwargs.get("guidance_scale") not in (None, 1):
+            wanted = "none: a prompt without the condition would need a cache of its own"
+            raise ChatGLMError("generate", "guidance_scale", kwargs["guidance_scale"], wanted)
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         self.reused_tokens, self.speculation = 0, None
         if kwargs.pop("reuse_cache", False):

@@ -104,6 +104,8 @@ def decode(
         positions = torch.cat([positions, following[..., :-1]], dim=-1)
         fed = torch.cat([ids, torch.from_numpy(np.ascontiguousarray(guessed))[None]], dim=1)
         output = model(fed[:, -positions.shape[-1] :], _longer(mask, count), positions, cache, count + 1)
+        # What is fed from here on is no prompt.
+        model.prompt_progress = None
         new, right = made.take(output.logits, guessed)
         cache = output.past_key_values
         # The last token that was chosen is not in the cache yet.
