@@ -37,7 +37,8 @@ class PromptLookup:
 
     def __init__(self, num_tokens: int, ngram: int = LONGEST_NGRAM):
         self._num_tokens = num_tokens
-        self._chances = {n: 1 - 0.6 / n for n in range(1, ngram + 1)}
+        # At first a single token, which may be a comma, tells little, and three tell much.
+        self._chances = {n: min(0.8, 0.3 * n - 0.1) for n in range(1, ngram + 1)}
         self._priors = dict(self._chances)
         self._last: tuple[int, int] = (0, 0)
 

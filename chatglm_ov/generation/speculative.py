@@ -37,7 +37,8 @@ class Speculation:
         return self.accepted / max(1, self.guessed)
 
     def __str__(self) -> str:
-        return f"{self.calls} calls, {self.accepted} of {self.guessed} guesses right ({self.acceptance:.0%})"
+        calls = "1 call" if self.calls == 1 else f"{self.calls} calls"
+        return f"{calls}, {self.accepted} of {self.guessed} guesses right ({self.acceptance:.0%})"
 
 
 @dataclass(frozen=True)
