@@ -230,3 +230,20 @@ def test_lora_of_query_and_value_is_merged_before_they_are_stacked(tmp_path):
         assert (wanted - original(IDS).logits).abs().max() > 0.1
     ours = converted(checkpoint, tmp_path / "out", "fused", lora=tmp_path / "lora")
     torch.testing.assert_close(ours(IDS).logits, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("ops", "tokens"), [("stock", 6144), ("fused", 32768)])
+def test_long_prompts_in_pieces_are_those_of_transformers(ops, tokens, tmp_path):
+    """Linear memory in both: transformers' attention here is torch's, which holds no score matrix either."""
+    sizes = {"max_position_embeddings": tokens, "num_attention_heads": 2, "num_key_value_heads": 1}
+    original = reference("glm", **sizes)
+    ours = converted(saved(original, tmp_path / "checkpoint"), tmp_path / "out", ops)
+    ids = torch.randint(2, TINY["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(3))
+    pieces: list[int] = []
+    ours.prompt_progress = lambda done, total: pieces.append(done)
+    with torch.no_grad():
+        wanted = original(ids).logits[:, -8:]
+    torch.testing.assert_close(ours(ids, logits_to_keep=8).logits, wanted, rtol=0, atol=1e-3)
+    assert pieces == list(range(2048, tokens + 1, 2048))
+    with pytest.raises(ChatGLMError, match=f"a position {tokens}"):
+        ours(torch.cat([ids, ids[:, :1]], 1))
