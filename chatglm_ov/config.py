@@ -180,7 +180,7 @@ class GlmConfig(ArchitectureConfig):
     attention_bias: bool = True
     tie_word_embeddings: bool = False
     hidden_act: Literal["silu"] = "silu"
-    rope_theta: float = Field(10000.0, gt=1)
+    rope_theta: float = Field(10000.0, gt=1, le=1e15)
     partial_rotary_factor: float = Field(0.5, gt=0, le=1)
     rope_scaling: RopeScaling | None = None
 
@@ -188,16 +188,29 @@ class GlmConfig(ArchitectureConfig):
     @classmethod
     def _rope_fields_of_both_spellings(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """transformers 5 has one object `rope_parameters`, 4 has `rope_theta`, `partial_rotary_factor` and an object
-        `rope_scaling`, which is about scaling only. What stands beside the object wins."""
-        given = fields.get("rope_parameters") or {}
-        if not isinstance(given, dict):
-            return {**fields, "rope_scaling": given}
-        base = {name: given[name] for name in ("rope_theta", "partial_rotary_factor") if given.get(name) is not None}
+        `rope_scaling`, which is about scaling only. What stands in an object goes before what stands beside it."""
+        objects = [fields.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+        for given in objects:
+            if not isinstance(given, dict):
+                return {**fields, "rope_scaling": given}
+        joined = {**objects[0], **objects[1]}
+        names = ("rope_theta", "partial_rotary_factor")
+        inside = {name: joined[name] for name in names if joined.get(name) is not None}
         beside = {name: value for name, value in fields.items() if value is not None}
-        scaling = fields.get("rope_scaling") or given
-        if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type", "default")) == "default":
+        scaling = objects[0] or objects[1] or None
+        if scaling is not None and scaling.get("rope_type", scaling.get("type", "default")) == "default":
             scaling = None
-        return {**base, **beside, "rope_scaling": scaling}
+        if scaling is not None and "original_max_position_embeddings" in beside:
+            scaling = {"original_max_position_embeddings": beside["original_max_position_embeddings"], **scaling}
+        return {**beside, **inside, "rope_scaling": scaling}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _head_dim_that_is_null(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+        if "head_dim" in fields and fields["head_dim"] is None and isinstance(hidden, int) and isinstance(heads, int):
+            return {**fields, "head_dim": hidden // max(1, heads)}
+        return fields
 
     @property
     def vocab_rows(self) -> int:
@@ -225,7 +238,8 @@ class Glm4Config(GlmConfig):
 _BY_MODEL_TYPE = {"glm": GlmConfig, "glm4": Glm4Config}
 
 
-def _config_class(fields: dict[str, Any], where: Path | str) -> type[ArchitectureConfig]:
+def config_class(fields: dict[str, Any], where: Path | str) -> type[ArchitectureConfig]:
+    """The class of the contents of a config.json. Raises ChatGLMError where they name no known model."""
     model_type = fields.get("model_type")
     if model_type == "chatglm":
         if "padded_vocab_size" in fields or "multi_query_attention" in fields:
@@ -241,7 +255,7 @@ def _config_class(fields: dict[str, Any], where: Path | str) -> type[Architectur
 def parse_config(fields: dict[str, Any], where: Path | str = "config.json") -> ArchitectureConfig:
     """The typed configuration of the contents of a config.json. `where` is named in errors."""
     try:
-        config = _config_class(fields, where).model_validate(fields)
+        config = config_class(fields, where).model_validate(fields)
     except ValidationError as error:
         raise field_error(where, fields, error) from None
     _check_heads(config, where)

@@ -31,7 +31,14 @@ import psutil
 from tqdm import tqdm
 
 from chatglm_ov.checkpoint import Checkpoint
-from chatglm_ov.config import ArchitectureConfig, GlmConfig, RopeRatioMeaning, parse_config, read_config_json
+from chatglm_ov.config import (
+    ArchitectureConfig,
+    GlmConfig,
+    RopeRatioMeaning,
+    config_class,
+    parse_config,
+    read_config_json,
+)
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.lora import with_lora
 from chatglm_ov.lowering import Lowering
@@ -142,7 +149,9 @@ def convert(
             _write_side_files(source, partial, fields, config, ops)
             if prefix is not None:
                 prefix.save(partial)
-            sources = _calibrated(config, weights, plan, choices, calibration, sequences, partial, progress)
+            sources = _calibrated(
+                config, weights, plan, choices, calibration, sequences, partial, progress, prefix is not None
+            )
             calibrated = stack.enter_context(sources)
             report = stack.enter_context(_progress_bar(plan, progress))
             for name in plan.weight_formats:
@@ -199,6 +208,7 @@ def _calibrated(
     sequences: list[np.ndarray],
     folder: Path,
     progress: bool,
+    prefix: bool,
 ) -> Iterator[dict[str, Checkpoint]]:
     """By weight format, the weights with those that are chosen by the calibration and kept in `folder` for so long."""
     if calibration is None:
@@ -216,7 +226,7 @@ def _calibrated(
                 bar.set_postfix_str(name, refresh=False)
                 bar.update()
 
-            chosen = calibrate(config, weights, formats, sequences, calibration.methods, Path(kept), report)
+            chosen = calibrate(config, weights, formats, sequences, calibration.methods, Path(kept), report, prefix)
         yield chosen
 
 
@@ -311,18 +321,20 @@ def _config_fields(
 ) -> dict[str, Any]:
     """Contents of config.json with what the caller knows better."""
     fields = read_config_json(source)
-    given = {
-        "rope_ratio_meaning": rope_ratio_meaning,
-        "rope_theta": rope_theta,
-        "rope_scaling": None if rope_scaling is None else dict(rope_scaling),
-    }
-    config_class = type(parse_config(fields, source / "config.json"))
+    given = {"rope_ratio_meaning": rope_ratio_meaning, "rope_theta": rope_theta, "rope_scaling": rope_scaling}
+    described = config_class(fields, source / "config.json")
     for name, value in given.items():
         if value is None:
             continue
-        if name not in config_class.model_fields:
-            raise ChatGLMError("convert", name, value, f"not given: {config_class.architecture} models have none")
-        fields[name] = value
+        if name not in described.model_fields:
+            raise ChatGLMError("convert", name, value, f"not given: {described.architecture} models have none")
+        if name == "rope_scaling" and not isinstance(value, Mapping):
+            raise ChatGLMError("convert", name, value, 'an object such as {"rope_type": "yarn", "factor": 4.0}')
+        fields[name] = dict(value) if isinstance(value, Mapping) else value
+        # What stands in an object goes before what stands beside it.
+        for other in ("rope_parameters", "rope_scaling"):
+            if isinstance(fields.get(other), dict) and other != name:
+                fields[other] = {key: part for key, part in fields[other].items() if key != name}
     return fields
 
 

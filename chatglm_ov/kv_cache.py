@@ -35,8 +35,9 @@ class KVCache(Protocol):
     def forget(self) -> None:
         """The next call begins a sequence."""
 
-    def begin_with(self, keys: np.ndarray, values: np.ndarray) -> None:
-        """The next call begins a sequence behind these columns, float32 [layers, G, T, D] each, of a single row."""
+    def begin_with(self, keys: np.ndarray, values: np.ndarray, rows: int, slots: int) -> None:
+        """The next call begins a sequence of so many rows, all behind these columns, float32 [layers, G, T, D] each;
+        the longest row has so many real columns with them."""
 
     def truncate(self, columns: int) -> None:
         """The next call goes on behind so many columns."""
@@ -61,7 +62,7 @@ class PluginCache:
     def forget(self) -> None:
         self._request.reset_state()
 
-    def begin_with(self, keys: np.ndarray, values: np.ndarray) -> None:
+    def begin_with(self, keys: np.ndarray, values: np.ndarray, rows: int, slots: int) -> None:
         states = _states(self._request)
         for layer, parts in enumerate(zip(keys, values, strict=True)):
             for name, part in zip(("key", "value"), parts, strict=True):
@@ -226,10 +227,10 @@ class BlockCache:
     def forget(self) -> None:
         """Nothing to do: a call whose columns are all new reads nothing of what is there."""
 
-    def begin_with(self, keys: np.ndarray, values: np.ndarray) -> None:
+    def begin_with(self, keys: np.ndarray, values: np.ndarray, rows: int, slots: int) -> None:
         """They are kept once, in the first row, and the table sends all rows there. A sequence writes behind them."""
         tokens = keys.shape[2]
-        self.make_room(1, tokens, keep=False)
+        self.make_room(rows, slots, keep=False)
         for layer, key, value in zip(self._layers, keys, values, strict=True):
             blocks = self.layout.encode(key, value)
             layer.state.data[0, : len(blocks)] = blocks

@@ -145,6 +145,8 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ChatGLMError("forward", "logits_to_keep", logits_to_keep, "0 (all) or a number of last columns")
         cache = self._checked_cache(past_key_values)
+        if cache is not None and cache.get_seq_length() == 0:
+            cache = None
         step = prepare(self.compiled, input_ids, attention_mask, position_ids, cache)
         if cache is None:
             cache = self.session.restart(len(step.ids), step.prefix)

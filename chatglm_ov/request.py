@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +37,7 @@ class Request:
         self._position_rows = [rows.get_length() for rows in list(shapes["position_ids"])[1:-1]]
         self._columns = np.ones((0, 0), bool)
         self._prefix = 0
+        self._lock = threading.RLock()
 
     @property
     def _trained(self) -> int:
@@ -42,8 +46,22 @@ class Request:
 
     def reset(self) -> None:
         """Forget the sequence; the next call starts a fresh one and may have another number of rows."""
-        self.cache.forget()
-        self.past_length = self.rows = 0
+        with self._alone():
+            self.cache.forget()
+            self.past_length = self.rows = 0
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Raises ChatGLMError where another thread is at work."""
+        if not self._lock.acquire(blocking=False):
+            wanted = (
+                "one at a time: OVChatGLMForCausalLM(model.config, model.compiled) is another over the same weights"
+            )
+            raise ChatGLMError("model", "use", "by another thread", wanted)
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def truncate(self, past_length: int) -> None:
         """Go back to the first `past_length` columns of every row: the next call goes on from there.
@@ -59,9 +77,10 @@ class Request:
         if past_length == 0:
             self.reset()
             return
-        if past_length < self.past_length:
-            self.cache.truncate(self._trained + past_length)
-        self.past_length, self._columns = past_length, self._columns[:, :past_length]
+        with self._alone():
+            if past_length < self.past_length:
+                self.cache.truncate(self._trained + past_length)
+            self.past_length, self._columns = past_length, self._columns[:, :past_length]
 
     def infer(
         self,
@@ -90,20 +109,30 @@ class Request:
         }
         if prefix_length is not None:
             inputs["prefix_length"] = np.ascontiguousarray(prefix_length, np.int64)
+        with self._alone():
+            return self._inferred(inputs)
+
+    def _inferred(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Whatever ends a call early, such as Ctrl-C, may leave the states of some layers with what it fed: then the
+        sequence is forgotten."""
         self._check_shapes(inputs)
         self._check_values(inputs)
-        columns = inputs["attention_mask"] != 0
+        columns, prefix = inputs["attention_mask"] != 0, inputs.get("prefix_length")
         continued = self._continued(inputs["beam_idx"])
         if self.trained_prefix is not None:
             continued = self._behind_the_prefix(inputs, continued)
         self.cache.prepare(inputs["attention_mask"] != 0, continued)
-        # Copied in: the plugin keeps pointers to shared inputs, and a later request writes its own through them.
-        self.infer_request.infer(inputs)
-        self.rows, new = input_ids.shape
-        self.past_length += new
-        self._columns = columns
-        self._prefix = 0 if prefix_length is None else int(np.max(prefix_length))
-        return self.infer_request.get_tensor("logits").data.copy()
+        try:
+            # Copied in: the plugin keeps pointers to shared inputs, and a later request writes its own through them.
+            self.infer_request.infer(inputs)
+            self.rows, new = inputs["input_ids"].shape
+            self.past_length += new
+            self._columns = columns
+            self._prefix = 0 if prefix is None else int(prefix.max())
+            return self.infer_request.get_tensor("logits").data.copy()
+        except BaseException:
+            self.reset()
+            raise
 
     def check_positions(self, position_ids: np.ndarray) -> None:
         """Raise ChatGLMError for positions, of any shape, that the model does not have."""
@@ -116,7 +145,8 @@ class Request:
         assert self.trained_prefix is not None
         length, rows = self.trained_prefix.length, len(continued)
         if self.past_length == 0:
-            self.cache.begin_with(self.trained_prefix.keys, self.trained_prefix.values)
+            slots = length + int(np.count_nonzero(inputs["attention_mask"], axis=1).max())
+            self.cache.begin_with(self.trained_prefix.keys, self.trained_prefix.values, rows, slots)
             inputs["beam_idx"] = np.zeros(rows, np.int32)
         seen = np.ones((rows, length), np.int64)
         inputs["attention_mask"] = np.concatenate([seen, inputs["attention_mask"]], axis=1)

@@ -21,7 +21,7 @@ class RopeScaling(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
     rope_type: Literal["linear", "ntk", "yarn"]
-    factor: float = Field(ge=1)
+    factor: float = Field(ge=1, le=10000)
     original_max_position_embeddings: int | None = Field(None, gt=0)
     """Positions the model was trained on; None: those that its configuration allows without scaling."""
     attention_factor: float | None = Field(None, gt=0)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from chatglm_ov.checkpoint import Checkpoint
@@ -38,7 +39,11 @@ class TrainedPrefix:
         return self.keys.shape[2]
 
     def save(self, folder: Path) -> None:
-        save_file({"keys": self.keys, "values": self.values}, folder / FILE_NAME)
+        try:
+            save_file({"keys": self.keys, "values": self.values}, folder / FILE_NAME)
+        except SafetensorError as error:
+            # All that the library says of a full disk.
+            raise OSError(str(error)) from error
 
     @classmethod
     def load(cls, folder: Path, config: ArchitectureConfig) -> TrainedPrefix | None:

@@ -92,7 +92,9 @@ def test_both_spellings_of_rope_are_one():
     newer["rope_parameters"] = {**YARN, "rope_theta": 5e6, "partial_rotary_factor": 1.0}
     assert parse_config(older) == parse_config(newer)
     assert parse_config(older).rope_scaling.factor == 4.0
-    assert parse_config({**newer, "rope_theta": 7.0}).rope_theta == 7.0
+    # As in transformers 5, the object goes before what stands beside it.
+    assert parse_config({**newer, "rope_theta": 7.0}).rope_theta == 5e6
+    assert parse_config({**fields, "rope_theta": 7.0, "rope_scaling": {**YARN, "rope_theta": 9.0}}).rope_theta == 9.0
     plain = {**newer, "rope_parameters": {"rope_type": "default", "rope_theta": 3.0, "partial_rotary_factor": 0.5}}
     assert parse_config(plain).rope_scaling is None
     assert parse_config(plain).rope_theta == 3.0

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from chatglm_ov import ChatGLMError
 from chatglm_ov.generation import inputs
 from chatglm_ov.generation.cache import common_prefix
 from chatglm_ov.generation.inputs import Step, pieces
+from chatglm_ov.generation.stream import _Tokens, stream_tokens
 
 pytestmark = pytest.mark.transformers_matrix
 
@@ -192,3 +196,118 @@ def test_positions_are_checked_before_anything_is_computed(open_model, fed):
     with pytest.raises(ChatGLMError, match=f"a position {limit}"):
         model(torch.full((1, limit + 1), 5))
     assert counts == []
+
+
+# What must not be reused, or is lost
+
+
+def v2(open_model, ops="fused"):
+    golden = next(golden for golden in GOLDENS if golden.folder.name == "v2_tiny")
+    return open_model(golden, ops), golden.tensor("p17_input_ids")
+
+
+@pytest.mark.parametrize("ops", ["fused", "stock"])
+def test_other_positions_are_another_sequence(open_model, ops):
+    model, ids = v2(open_model, ops)
+    wanted = greedy(model, ids)
+    greedy(model, ids, position_ids=torch.arange(17)[None] * 3 + 5)
+    assert torch.equal(greedy(model, ids, reuse_cache=True), wanted)
+    assert model.reused_tokens == 0
+
+
+@pytest.mark.parametrize("ops", ["fused", "stock"])
+def test_an_interrupted_call_is_forgotten(open_model, ops):
+    """Ctrl-C comes when the plugin has done its work, and before we know of it."""
+    model, ids = v2(open_model, ops)
+    wanted = greedy(model, ids)
+    handle, request = model(ids[:, :9]).past_key_values, model.session.request
+
+    class Interrupted:
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def infer(self, inputs):
+            real.infer(inputs)
+            raise KeyboardInterrupt
+
+    real = request.infer_request
+    request.infer_request = Interrupted()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 9:], past_key_values=handle)
+    finally:
+        request.infer_request = real
+    with pytest.raises(ChatGLMError, match="lost in a call that was interrupted"):
+        model(ids[:, 9:], past_key_values=handle)
+    assert torch.equal(greedy(model, ids, reuse_cache=True), wanted)
+    assert model.reused_tokens == 0
+
+
+def test_a_second_thread_is_told(open_model):
+    model, ids = v2(open_model)
+    wanted = model(ids).logits
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with model.session.request._alone():
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    for use in (lambda: model(ids), lambda: model.session.request.reset(), lambda: greedy(model, ids)):
+        with pytest.raises(ChatGLMError, match="by another thread"):
+            use()
+    done.set()
+    thread.join()
+    assert torch.equal(model(ids).logits, wanted)
+
+
+def test_a_stream_is_closed_between_pieces_of_its_prompt(open_model, monkeypatch):
+    model, ids = v2(open_model)
+    monkeypatch.setattr(inputs, "PIECE_TOKENS", 2)
+    told: list[int] = []
+
+    def close(done: int, total: int) -> None:
+        told.append(done)
+        if done == 6:
+            tokens.closed.set()
+
+    tokens = _Tokens()
+    tokens.run(model, ids, {"max_new_tokens": 3, "do_sample": False, "prompt_progress": close})
+    assert tokens.queue.get() is None
+    assert told == [2, 4, 6]
+
+
+def test_streams_of_several_sequences_are_refused(open_model):
+    model, ids = v2(open_model)
+    for prompt, options in ((ids.repeat(2, 1), {}), (ids, {"num_return_sequences": 2, "do_sample": True})):
+        with pytest.raises(ChatGLMError, match="sequences is 2"):
+            next(stream_tokens(model, prompt, max_new_tokens=2, **options))
+
+
+@pytest.mark.parametrize("ops", ["fused", "stock"])
+def test_what_is_cropped_away_begins_anew(open_model, ops):
+    model, ids = v2(open_model, ops)
+    wanted = model(ids).logits
+    cache = model(ids).past_key_values
+    cache.crop(0)
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_without_a_cache_nothing_is_reused(open_model, num_beams):
+    model, ids = v2(open_model)
+    wanted = greedy(model, ids, num_beams=num_beams)
+    assert torch.equal(greedy(model, ids, num_beams=num_beams, use_cache=False, reuse_cache=True), wanted)
+
+
+def test_pieces_of_transformers_are_refused(open_model):
+    model, ids = v2(open_model)
+    config = copy.deepcopy(model.generation_config)
+    config.prefill_chunk_size = 4
+    with pytest.raises(ChatGLMError, match="prefill_chunk_size is 4"):
+        model.generate(ids, config, max_new_tokens=2)
+    with pytest.raises(ChatGLMError, match="type is list"):
+        model.generate(ids, max_new_tokens=2, reuse_cache=True, attention_mask=[[1] * 17])

@@ -43,11 +43,13 @@ def calibrate(
     methods: Sequence[str],
     folder: Path,
     report: Report,
+    prefix: bool = False,
 ) -> dict[str, Checkpoint]:
     """The weights for each model format, with those that `formats` has for it as int4 and int8. sequences: int64 [N]
-    each. folder: for what is chosen; it must stay as long as the result is used. Raises ChatGLMError for weights that
-    are no numbers."""
+    each. folder: for what is chosen; it must stay as long as the result is used. prefix: the model has a trained one,
+    which the text is run without. Raises ChatGLMError for weights that are no numbers."""
     folds = architecture(config).input_folds(config) if "awq" in methods else {}
+    folds = {name: fold for name, fold in folds.items() if not (prefix and fold.cached)}
     models = {model: _Chosen(weights, folder / model) for model in formats}
 
     def observe(name: str, x: np.ndarray) -> None:

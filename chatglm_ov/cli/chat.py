@@ -102,7 +102,7 @@ class Conversation:
         from chatglm_ov.cli.printing import TextPrinter
         from chatglm_ov.generation.timing import Stopwatch
 
-        watch, printer, text = Stopwatch(), TextPrinter(), ""
+        watch, printer, text, before = Stopwatch(), TextPrinter(), "", self._history
         options = {"max_new_tokens": DEFAULT_NEW_TOKENS, **self._options}
         options["stopping_criteria"] = StoppingCriteriaList([watch])
         try:
@@ -115,6 +115,7 @@ class Conversation:
             printer.finish(text)
             print("[stopped]")
         except ChatGLMError as error:
+            self._history = before
             print(f"error: {error}", file=sys.stderr)
         if self._stats and watch.timing:
             print(f"[{figures(watch.timing, self._model)}]")

@@ -60,12 +60,13 @@ class Columns:
         self.ids, self.keep = self.ids[:, :columns], self.keep[:, :columns]
         self.position_ids = self.position_ids[..., :columns]
 
-    def in_common(self, ids: np.ndarray, prefix: np.ndarray | None) -> int:
-        """How many of `ids` [L] the only row begins with; 0 with padding, with several rows, and where a prefix, whose
-        columns have seen each other, is another one."""
+    def in_common(self, ids: np.ndarray, position_ids: np.ndarray, prefix: np.ndarray | None) -> int:
+        """How many of `ids` [L], with these positions [L] or [2, L], the only row begins with; 0 with padding, with
+        several rows, and where a prefix, whose columns have seen each other, is another one."""
         if len(self.ids) != 1 or not self.keep.all():
             return 0
-        common = common_prefix(self.ids[0], ids)
+        positions = map(np.atleast_2d, (self.position_ids[0], position_ids))
+        common = min(common_prefix(*pair) for pair in [(self.ids[0], ids), *zip(*positions, strict=True)])
         if prefix is None:
             return common
         same = self.prefix is not None and np.array_equal(prefix, self.prefix)
@@ -95,17 +96,23 @@ class Session:
         self.request.reset()
         return self._begun(Columns.none(batch_size, prefix))
 
-    def resume(self, ids: np.ndarray, prefix: np.ndarray | None) -> StateCache | None:
+    def resume(self, ids: np.ndarray, position_ids: np.ndarray, prefix: np.ndarray | None) -> StateCache | None:
         """A sequence with what the latest one has in common with `ids` [L] from the beginning, at most L - 1 tokens:
-        the rest is to be fed. None if there is nothing in common. `prefix`: that of `ids`. Every handle given out
-        before is stale."""
+        the rest is to be fed. None if there is nothing in common. `position_ids` [L] or [2, L] and `prefix`: those of
+        `ids`. Every handle given out before is stale."""
         columns = replace(self._columns)
-        kept = min(columns.in_common(ids, prefix), len(ids) - 1)
+        if self.interrupted(columns):
+            return None
+        kept = min(columns.in_common(ids, position_ids, prefix), len(ids) - 1)
         if kept <= (0 if prefix is None else prefix.max() - 1):
             return None
         self.request.truncate(kept)
         columns.crop(kept)
         return self._begun(columns)
+
+    def interrupted(self, columns: Columns) -> bool:
+        """Whether the cache has lost what these columns describe: a call that does not come to its end empties it."""
+        return self.request.past_length != columns.keep.shape[1]
 
     def _begun(self, columns: Columns) -> StateCache:
         self.epoch += 1
@@ -134,6 +141,8 @@ class StateCache(Cache):
         if self._epoch != self._session.epoch:
             wanted = "the cache of the latest one (a call without past_key_values empties the cache)"
             raise ChatGLMError("past_key_values", "sequence", "an earlier one", wanted)
+        if self._session.interrupted(self.columns):
+            raise ChatGLMError("past_key_values", "sequence", "lost in a call that was interrupted", "a new one")
 
     # Rows
 

@@ -94,8 +94,11 @@ class Assistant:
         self._model, self._num_tokens, self._confidence = model, num_tokens, confidence
 
     def guess(self, ids: np.ndarray, room: int) -> np.ndarray:
-        session, compiled = self._model.session, self._model.compiled
-        cache = session.resume(ids, compiled.architecture.prefix_length(compiled.config, ids[None], None))
+        limit = self._model.compiled.config.max_positions
+        room = room if limit is None else min(room, limit - len(ids))
+        if room < 1:
+            return ids[:0]
+        cache = self._model.resume(ids)
         fed = torch.from_numpy(ids[None, 0 if cache is None else cache.get_seq_length() :])
         guessed: list[int] = []
         while len(guessed) < min(self._num_tokens, room):

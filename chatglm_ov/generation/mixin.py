@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from chatglm_ov.generation.inputs import Step
 
 
+_REFUSED = {
+    "guidance_scale": "a prompt without the condition would need a cache of its own",
+    "prefill_chunk_size": "a long prompt is computed in pieces anyway",
+}
+"""Arguments of generate() that cannot be had."""
+
+
 class StatefulGenerationMixin(GenerationMixin):
     """`generate()` over a model with `compiled`, `session` and `forward` (see OVChatGLMForCausalLM)."""
 
@@ -59,9 +66,10 @@ class StatefulGenerationMixin(GenerationMixin):
         """
         if kwargs.get("inputs_embeds") is not None:
             raise ChatGLMError("generate", "inputs_embeds", "given", "input_ids")
-        if kwargs.get("guidance_scale") not in (None, 1):
-            wanted = "none: a prompt without the condition would need a cache of its own"
-            raise ChatGLMError("generate", "guidance_scale", kwargs["guidance_scale"], wanted)
+        for name, reason in _REFUSED.items():
+            value = kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
+            if value not in (None, 1):
+                raise ChatGLMError("generate", name, value, f"none: {reason}")
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         self.reused_tokens, self.speculation = 0, None
         if kwargs.pop("reuse_cache", False):
@@ -97,12 +105,18 @@ class StatefulGenerationMixin(GenerationMixin):
         something and the arguments say nothing else of the sequence."""
         ids, mask = inputs.token_ids(input_ids), kwargs.get("attention_mask")
         told = any(kwargs.get(name) is not None for name in ("past_key_values", "position_ids"))
-        if told or len(ids) != 1 or (mask is not None and (mask.ndim != 2 or not bool(mask.all()))):
+        whole = mask is None or (isinstance(mask, torch.Tensor) and mask.shape == ids.shape and bool(mask.all()))
+        if told or len(ids) != 1 or not whole or kwargs.get("use_cache") is False:
             return
-        prefix = self.compiled.architecture.prefix_length(self.compiled.config, ids, None)
-        cache = self.session.resume(ids[0], prefix)
+        cache = self.resume(ids[0])
         if cache is not None:
             kwargs["past_key_values"], self.reused_tokens = cache, cache.get_seq_length()
+
+    def resume(self, ids: np.ndarray) -> StateCache | None:
+        """The cache with what the latest sequence in it has in common with `ids` int64 [L]; see `Session.resume`."""
+        module, config = self.compiled.architecture, self.compiled.config
+        positions = module.position_ids(config, ids[None], None)
+        return self.session.resume(ids, positions[0], module.prefix_length(config, ids[None], None))
 
     def _checked_cache(self, cache: Any) -> StateCache | None:
         """The cache argument if it is the handle of what is in the model now; ChatGLMError for any other."""
@@ -148,7 +162,12 @@ class StatefulGenerationMixin(GenerationMixin):
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
     ) -> dict[str, Any]:
         """Append the column of the token just chosen to mask and positions."""
-        model_kwargs["past_key_values"] = outputs.get("past_key_values")
+        cache = outputs.get("past_key_values")
+        if cache is None:
+            # Some releases ask whether there is a cache by the name alone.
+            model_kwargs.pop("past_key_values", None)
+        else:
+            model_kwargs["past_key_values"] = cache
         model_kwargs.pop("prompt_copies", None)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
         if mask is not None:

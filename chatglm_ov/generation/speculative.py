@@ -65,10 +65,14 @@ def check_assistant(model: Any, assistant: Any) -> None:
     if assistant.session is model.session:
         wanted = "another model: its cache is not that of this one"
         raise ChatGLMError("generate", "assistant_model", "the model itself", wanted)
-    ours, theirs = ((each.compiled.config.vocab_rows, each.compiled.config.eos_token_id) for each in (model, assistant))
+    ours, theirs = (_vocabulary(each.compiled.config) for each in (model, assistant))
     if ours != theirs:
-        seen, wanted = (f"{rows} tokens, end {ends}" for rows, ends in (theirs, ours))
-        raise ChatGLMError("generate", "vocabulary of assistant_model", seen, wanted)
+        raise ChatGLMError("generate", "vocabulary of assistant_model", theirs, ours)
+
+
+def _vocabulary(config: Any) -> str:
+    ends = [] if config.eos_token_id is None else np.atleast_1d(config.eos_token_id).tolist()
+    return f"{config.vocab_rows} tokens, ends {ends}"
 
 
 def guesser(config: GenerationConfig, assistant: Any) -> Guesses:
@@ -97,9 +101,11 @@ def decode(
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
     cache, made = model_kwargs.get("past_key_values"), _Made(input_ids, choice, streamer)
     model.speculation = told = Speculation()
+    limit = model.compiled.config.max_positions or choice.config.max_length
     while not made.done:
         ids = made.ids
-        guessed = guesses.guess(ids[0].numpy(), choice.config.max_length - ids.shape[1] - 1)
+        room = min(choice.config.max_length - ids.shape[1] - 1, limit - 1 - int(positions[..., -1].max()))
+        guessed = guesses.guess(ids[0].numpy(), max(0, room))
         count = len(guessed)
         following = torch.from_numpy(next_positions(positions[..., -1].numpy(), count + 1))
         positions = torch.cat([positions, following[..., :-1]], dim=-1)

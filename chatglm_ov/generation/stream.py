@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
+
+from chatglm_ov.errors import ChatGLMError
 
 
 class _Closed(Exception):
@@ -34,7 +37,20 @@ class _Tokens(BaseStreamer):
     def end(self) -> None:
         """The thread says when it is done."""
 
+    def progress(self, told: Any) -> Callable[[int, int], None]:
+        """A `prompt_progress` that goes on to `told`, if there is one, and lets a long prompt be closed between its
+        pieces."""
+
+        def report(done: int, total: int) -> None:
+            if self.closed.is_set():
+                raise _Closed
+            if told is not None:
+                told(done, total)
+
+        return report
+
     def run(self, model: Any, input_ids: torch.Tensor, options: dict[str, Any]) -> None:
+        options = {**options, "prompt_progress": self.progress(options.get("prompt_progress"))}
         try:
             model.generate(input_ids, streamer=self, **options)
         except _Closed:
@@ -51,6 +67,9 @@ def stream_tokens(model: Any, input_ids: torch.Tensor, **options: Any) -> Iterat
     Generation runs in a thread of its own. Closing the iterator ends it after the token in the making. What
     generate() raises is raised here.
     """
+    rows = len(input_ids) * (options.get("num_return_sequences") or 1)
+    if rows != 1:
+        raise ChatGLMError("stream", "sequences", rows, "1: the tokens of several would be one stream")
     tokens = _Tokens()
     thread = threading.Thread(target=tokens.run, args=(model, input_ids, options), daemon=True)
     thread.start()
@@ -61,4 +80,7 @@ def stream_tokens(model: Any, input_ids: torch.Tensor, **options: Any) -> Iterat
             yield item
     finally:
         tokens.closed.set()
-        thread.join()
+        while thread.is_alive():
+            # Whoever is impatient a second time must wait all the same: the model is in use for so long.
+            with suppress(KeyboardInterrupt):
+                thread.join()

@@ -110,7 +110,7 @@ def input_folds(config: ChatGLMConfig) -> dict[str, Fold]:
     folds = {}
     for i in range(config.num_layers):
         qkv = f"{LAYER}.{i}.attention.query_key_value"
-        folds[f"{LAYER}.{i}.attention.dense.weight"] = Fold((f"{qkv}.weight", f"{qkv}.bias"), values)
+        folds[f"{LAYER}.{i}.attention.dense.weight"] = Fold((f"{qkv}.weight", f"{qkv}.bias"), values, cached=True)
     return folds
 
 

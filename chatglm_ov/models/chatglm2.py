@@ -121,7 +121,7 @@ def input_folds(config: ChatGLM2Config) -> dict[str, Fold]:
         qkv, gate_up = f"{layer}.self_attention.query_key_value", f"{layer}.mlp.dense_h_to_4h.weight"
         qkv_bias = (f"{qkv}.bias",) if config.add_qkv_bias else ()
         folds[f"{qkv}.weight"] = Fold((f"{layer}.input_layernorm.weight",))
-        folds[f"{layer}.self_attention.dense.weight"] = Fold((f"{qkv}.weight", *qkv_bias), values)
+        folds[f"{layer}.self_attention.dense.weight"] = Fold((f"{qkv}.weight", *qkv_bias), values, cached=True)
         folds[gate_up] = Fold((f"{layer}.post_attention_layernorm.weight",))
         folds[f"{layer}.mlp.dense_4h_to_h.weight"] = Fold((gate_up,), up)
     return folds

@@ -15,7 +15,9 @@ import numpy as np
 @dataclass(frozen=True)
 class Fold:
     """into: names of the tensors, a norm's weight, or a linear weight and its bias. rows: for each column of the linear
-    weight, the row of them that makes it, int [K]; one row may make several columns. None: column j by row j."""
+    weight, the row of them that makes it, int [K]; one row may make several columns. None: column j by row j. cached:
+    what they make goes through the KV cache, where a trained prefix has values that no weight makes."""
 
     into: tuple[str, ...]
     rows: np.ndarray | None = None
+    cached: bool = False

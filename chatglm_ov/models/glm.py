@@ -121,7 +121,7 @@ def input_folds(config: GlmConfig) -> dict[str, Fold]:
         qkv, gate_up = f"{layer}.self_attn.qkv_proj", f"{layer}.mlp.gate_up_proj.weight"
         qkv_bias = (f"{qkv}.bias",) if config.attention_bias else ()
         folds[f"{qkv}.weight"] = Fold((f"{layer}.input_layernorm.weight",))
-        folds[f"{layer}.self_attn.o_proj.weight"] = Fold((f"{qkv}.weight", *qkv_bias), values)
+        folds[f"{layer}.self_attn.o_proj.weight"] = Fold((f"{qkv}.weight", *qkv_bias), values, cached=True)
         folds[gate_up] = Fold((f"{layer}.post_attention_layernorm.weight",))
         folds[f"{layer}.mlp.down_proj.weight"] = Fold((gate_up,), up)
     return folds
