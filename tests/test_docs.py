@@ -1,8 +1,9 @@
 """Every page starts with a command, every command and program on it runs, and the Chinese pages match the English.
 
-`chatglm3-6b` on the pages is the demo checkpoint here: a real one of that architecture, only smaller.
-`chatglm3-6b-lora` is an adapter for it, `chatglm3-6b-ptuning` a trained prefix, `poems.jsonl` holds one poem. A
-calibration is of fewer tokens than usual: it would be most of the time here.
+`chatglm3-6b` on the pages is the demo checkpoint here: a real one of that architecture, only smaller. The names of
+other presets are checkpoints of their architectures with random weights, smaller still. `chatglm3-6b-lora` is an
+adapter for the first, `chatglm3-6b-ptuning` a trained prefix, `poems.jsonl` holds one poem. A calibration is of fewer
+tokens than usual: it would be most of the time here.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from pathlib import Path
 import pytest
 import torch
 from lora_files import low_rank, write_lora
+from page_checkpoints import write_page_checkpoint
 from safetensors.torch import save_file
 
 from chatglm_ov.cli import demo
-from chatglm_ov.cli.main import main
+from chatglm_ov.cli.main import build_parser, main
+from chatglm_ov.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/models/*.md")])
 ENGLISH = [page for page in PAGES if not page.name.endswith(".zh.md")]
+MODELS = [page for page in PAGES if page.parent.name == "models"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CHECKPOINT = ROOT / "chatglm_ov" / "demo" / "checkpoint"
 HIDDEN, LAYERS, KEY_VALUE_FEATURES = 256, 5, 128
@@ -96,6 +100,8 @@ def test_commands_and_programs_run(
     Path("poems.jsonl").write_text(json.dumps(poem, ensure_ascii=False) + "\n", encoding="utf-8")
     found = blocks(page)
     commands = [line for kind, text in found if kind == "bash" for line in text.splitlines()]
+    for name in {word for line in commands for word in line.split()} & set(PRESETS) - {"chatglm3-6b"}:
+        write_page_checkpoint(name, Path(name))
     first = next((line for line in commands if "chatglm3-6b" in line), "")
     if "convert" not in first and "gen_chatglm" not in first:
         shutil.copytree(converted, "chatglm3-6b-ov")
@@ -106,6 +112,16 @@ def test_commands_and_programs_run(
         elif kind == "python":
             Path("program.py").write_text(text, encoding="utf-8")
             runpy.run_path("program.py", run_name="__main__")
+
+
+@pytest.mark.parametrize("page", ENGLISH, ids=page_id)
+def test_commands_that_would_take_long_are_understood(page: Path) -> None:
+    parser = build_parser()
+    for kind, text in blocks(page):
+        for line in text.splitlines() if kind == "text" else ():
+            command = re.match(r"(?:[A-Z] +)?(?:[A-Z_]+=\S+ )*chatglm-ov (\w+ .*)", line)
+            if command:
+                assert parser.parse_args(shlex.split(command[1])).run, line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -128,3 +144,27 @@ def test_chinese_page_has_the_same_structure(page: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("suffix", [".md", ".zh.md"])
+def test_model_pages_are_alike_and_found(suffix: str) -> None:
+    """Each has the headings of the others, and is linked from both tables of models."""
+    pages = [page for page in MODELS if page.name.endswith(".zh.md") == (suffix == ".zh.md")]
+    titles = {tuple(re.findall(r"^## (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)) for page in pages}
+    assert len(titles) == 1
+    for table, prefix in ((ROOT / f"README{suffix}", "docs/models/"), (ROOT / "docs" / f"models{suffix}", "models/")):
+        links = re.findall(r"\]\(([^)]+)\)", table.read_text(encoding="utf-8"))
+        assert {prefix + page.name for page in pages} <= set(links), table.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_files_that_are_named_are_there(page: Path) -> None:
+    """Those of the package and of the tests, which the tables of models name as proofs."""
+    for name in re.findall(r"`((?:chatglm_ov/|tests/)[\w/.]+)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), name
+
+
+def test_pages_name_the_published_repositories() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in MODELS if not page.name.endswith(".zh.md"))
+    for fields in PRESETS.values():
+        assert f"`{fields['_name_or_path'].replace('THUDM/', 'zai-org/')}`" in text
