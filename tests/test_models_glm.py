@@ -108,6 +108,8 @@ def test_both_spellings_of_rope_are_one():
         ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "rope_scaling.factor is 0.5"),
         ({"rope_scaling": {"factor": 4.0, "rope_type": 3}}, "rope_scaling.rope_type is 3"),
         ({"rope_parameters": [1]}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 1e300}}, "rope_scaling.factor is 1e+300"),
+        ({"rope_theta": 1e300}, "rope_theta is 1e+300"),
         ({"partial_rotary_factor": 0.01}, "partial_rotary_factor"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3"),
         ({"head_dim": 6}, "head_dim is 6"),
@@ -119,6 +121,34 @@ def test_wrong_fields_are_named(fields, message):
     with pytest.raises(ChatGLMError) as error:
         parse_config({**config_json("glm-4-9b-chat-hf"), **fields})
     assert message in str(error.value).replace(" = ", " is ")
+
+
+def test_head_dim_may_be_null():
+    fields = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": None}
+    assert parse_config(config_json("glm-4-9b-0414", **fields)).head_dim == 16
+
+
+def test_the_trained_length_may_stand_beside_the_scaling():
+    fields = config_json("glm-4-9b-0414", original_max_position_embeddings=4096)
+    scaled = parse_config({**fields, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+    assert scaled.rope_scaling.original_max_position_embeddings == 4096
+
+
+def test_options_replace_what_stands_in_an_object(tmp_path):
+    original = reference("glm", rope_theta=3e4)
+    checkpoint = saved(original, tmp_path / "checkpoint")
+    fields = json.loads((checkpoint / "config.json").read_text())
+    object_of_5 = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 3e4, "partial_rotary_factor": 0.5}
+    (checkpoint / "config.json").write_text(json.dumps({**fields, "rope_parameters": object_of_5}))
+    with pytest.raises(ChatGLMError, match="rope_type"):
+        converted(checkpoint, tmp_path / "refused", "stock")
+    linear = {"rope_type": "linear", "factor": 2.0}
+    ours = converted(checkpoint, tmp_path / "out", "stock", rope_theta=5e6, rope_scaling=linear)
+    with torch.no_grad():
+        wanted = reference("glm", rope_theta=5e6, rope_scaling=linear)(IDS).logits
+    torch.testing.assert_close(ours(IDS).logits, wanted, rtol=0, atol=1e-4)
+    with pytest.raises(ChatGLMError, match="rope_scaling is"):
+        converted(checkpoint, tmp_path / "list", "stock", rope_scaling=[1])
 
 
 def test_positions_grow_with_the_scaling():

@@ -202,3 +202,30 @@ def test_as_many_are_guessed_as_are_worth_their_check():
     assert _worth_guessing(1.0, 10) == 10
     counts = [_worth_guessing(chance, 50) for chance in np.linspace(0, 1, 21)]
     assert counts == sorted(counts)
+
+
+def test_guesses_end_where_the_positions_do(models, tmp_path):
+    model = models("large")
+    limit = TINY["max_position_embeddings"]
+    ids = REPEATED.repeat(1, 7)[:, : limit - 6]
+    stop = StoppingCriteriaList([lambda ids, scores, **_: torch.tensor([ids.shape[1] == limit - 1])])
+    options = {"max_length": 2 * limit, "do_sample": False, "stopping_criteria": stop}
+    wanted = model.generate(ids, **options)
+    assert wanted.shape[1] == limit - 1
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=10, **options), wanted)
+    # An assistant with fewer positions has nothing to say from there on.
+    short = reference("glm", max_position_embeddings=40)
+    convert(saved(short, tmp_path / "checkpoint"), tmp_path / "out", ("f32",), progress=False)
+    assistant = OVChatGLMForCausalLM.from_pretrained(tmp_path / "out", "f32", "f32")
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    assert torch.equal(greedy(model, assistant_model=assistant), greedy(model))
+
+
+def test_one_end_and_a_list_of_it_are_the_same(models, tmp_path):
+    other = reference("glm", num_hidden_layers=1, eos_token_id=1)
+    convert(saved(other, tmp_path / "checkpoint"), tmp_path / "out", ("f32",), progress=False)
+    assert OVChatGLMForCausalLM.from_pretrained(tmp_path / "out").compiled.config.eos_token_id == 1
+    model = models("large")
+    assert torch.equal(
+        greedy(model, assistant_model=OVChatGLMForCausalLM.from_pretrained(tmp_path / "out")), greedy(model)
+    )

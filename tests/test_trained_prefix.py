@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert
+from chatglm_ov.calibration import run
+from chatglm_ov.calibration.text import Calibration
 from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.kv_cache import BlockLayout
 from chatglm_ov.models.chatglm import RESIDUAL_SCALE
@@ -76,7 +78,7 @@ def model_of(checkpoint: Path, ops: str, options: dict[str, Path], *loading: str
 # ChatGLM2 and ChatGLM3: transformers' GLM has the same mathematics.
 
 
-def chatglm2_checkpoint(folder: Path) -> tuple[Path, torch.nn.Module]:
+def chatglm2_checkpoint(folder: Path, seq_length: int = 64) -> tuple[Path, torch.nn.Module]:
     original = reference("glm", vocab_size=160, max_position_embeddings=64, rms_norm_eps=1e-5)
     weights, stored = original.state_dict(), {}
     for i in range(2):
@@ -90,7 +92,7 @@ def chatglm2_checkpoint(folder: Path) -> tuple[Path, torch.nn.Module]:
     stored["transformer.output_layer.weight"] = weights["lm_head.weight"]
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / "model.safetensors")
-    fields = config_json("chatglm3-6b", **SIZES, padded_vocab_size=160, seq_length=64)
+    fields = config_json("chatglm3-6b", **SIZES, padded_vocab_size=160, seq_length=seq_length)
     (folder / "config.json").write_text(json.dumps(fields))
     return folder, original
 
@@ -241,6 +243,38 @@ def test_blocks_are_what_is_read_back(element_type, groups, tokens, dim):
     for stored, array in zip(layout.decode(blocks), (key, value), strict=True):
         step = {"f32": 0, "bf16": 2**-8 * np.abs(array), "int8": np.abs(array).max(-1, keepdims=True) / 254}
         assert (np.abs(stored[:, :tokens] - array) <= step[element_type] * 1.001).all()
+
+
+def test_a_new_sequence_gives_the_rows_of_the_last_one_back(tmp_path):
+    checkpoint, _ = chatglm2_checkpoint(tmp_path / "checkpoint", seq_length=4096)
+    tensors, _ = encoder("alone", 2 * 2 * 2 * 16)
+    model = model_of(checkpoint, "fused", placed("alone", checkpoint, tensors))
+    model(torch.full((32, 9), 5))
+    cache = model.session.request.cache
+    assert cache.rows == 32
+    model(torch.full((1, 3000), 5), logits_to_keep=1)
+    assert cache.rows == 1
+
+
+def test_what_goes_through_the_cache_is_not_scaled_beside_a_prefix(tmp_path, monkeypatch):
+    """AWQ would divide the values that the weights make, and not those of the prefix."""
+    seen: list[str] = []
+    monkeypatch.setattr(
+        run, "column_scales", lambda weight, *_: seen.append(weight.shape) or torch.ones(weight.shape[1])
+    )
+    monkeypatch.setattr("chatglm_ov.conversion._sequences", lambda *_: [np.arange(2, 40)])
+    checkpoint, _ = chatglm2_checkpoint(tmp_path / "checkpoint")
+    calibration = Calibration(("awq",), tokens=512)
+    for name, count in (("plain", 8), ("tuned", 6)):
+        options = {}
+        if name == "tuned":
+            tensors, _ = encoder("alone", 2 * 2 * 2 * 16)
+            options = placed("alone", checkpoint, tensors)
+        seen.clear()
+        convert(checkpoint, tmp_path / name, ("int4",), progress=False, calibration=calibration, **options)
+        # Of four weights a layer, all but that behind attention, [64, 64].
+        assert len(seen) == count
+        assert ((64, 64) in seen) == (name == "plain")
 
 
 # Bad input
