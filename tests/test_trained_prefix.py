@@ -258,10 +258,13 @@ def test_a_new_sequence_gives_the_rows_of_the_last_one_back(tmp_path):
 
 def test_what_goes_through_the_cache_is_not_scaled_beside_a_prefix(tmp_path, monkeypatch):
     """AWQ would divide the values that the weights make, and not those of the prefix."""
-    seen: list[str] = []
-    monkeypatch.setattr(
-        run, "column_scales", lambda weight, *_: seen.append(weight.shape) or torch.ones(weight.shape[1])
-    )
+    seen: list[tuple[int, ...]] = []
+
+    def ones(weight, *_):
+        seen.append(tuple(weight.shape))
+        return torch.ones(weight.shape[1])
+
+    monkeypatch.setattr(run, "column_scales", ones)
     monkeypatch.setattr("chatglm_ov.conversion._sequences", lambda *_: [np.arange(2, 40)])
     checkpoint, _ = chatglm2_checkpoint(tmp_path / "checkpoint")
     calibration = Calibration(("awq",), tokens=512)
@@ -271,7 +274,7 @@ def test_what_goes_through_the_cache_is_not_scaled_beside_a_prefix(tmp_path, mon
             tensors, _ = encoder("alone", 2 * 2 * 2 * 16)
             options = placed("alone", checkpoint, tensors)
         seen.clear()
-        convert(checkpoint, tmp_path / name, ("int4",), progress=False, calibration=calibration, **options)
+        convert(checkpoint, tmp_path / f"{name}-ov", ("int4",), progress=False, calibration=calibration, **options)
         # Of four weights a layer, all but that behind attention, [64, 64].
         assert len(seen) == count
         assert ((64, 64) in seen) == (name == "plain")
