@@ -47,7 +47,7 @@ class PromptLookup:
         self._last = (0, 0)
         for n, chance in self._chances.items():
             # What was given up is tried again after some hundred tokens.
-            self._chances[n] = chance + 0.002 * (self._priors[n] - chance)
+            self._chances[n] = chance + 0.0005 * (self._priors[n] - chance)
         for n in sorted(self._chances, reverse=True):
             places = _places_behind(ids, n)
             if not places.size:
