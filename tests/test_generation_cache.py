@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,14 +15,27 @@ from chatglm_ov.generation.cache import Session, StateCache
 pytestmark = pytest.mark.transformers_matrix
 
 
+class Request:
+    """As much of a request as a session asks for."""
+
+    past_length = 0
+
+    def reset(self) -> None:
+        self.past_length = 0
+
+    def truncate(self, past_length: int) -> None:
+        self.past_length = past_length
+
+
 def begun(rows: int = 3, columns: int = 5, prefix: np.ndarray | None = None) -> tuple[Session, StateCache]:
     """A session with a sequence of `columns` in it; row i has i columns of padding and ends at position 10 + i."""
-    session = Session(SimpleNamespace(reset=lambda: None, truncate=lambda columns: None), num_layers=2)
+    session = Session(Request(), num_layers=2)
     cache = session.restart(rows, prefix)
     keep = np.arange(columns) >= np.arange(rows)[:, None]
     positions = 10 + np.arange(rows)[:, None] + np.arange(1 - columns, 1)
     if prefix is not None:
         positions = np.stack([positions, positions], axis=1)
+    session.request.past_length = columns
     cache.columns.append(100 * np.arange(rows)[:, None] + np.arange(columns), keep, positions)
     return session, cache
 
@@ -42,7 +54,7 @@ def test_it_is_a_cache_that_generate_may_hold():
 
 
 def test_a_fresh_handle_is_empty():
-    session = Session(SimpleNamespace(reset=lambda: None, truncate=lambda columns: None), num_layers=2)
+    session = Session(Request(), num_layers=2)
     cache = session.restart(2, None)
     assert cache.get_seq_length() == 0
     assert cache.columns.beam_idx.tolist() == [0, 1]

@@ -85,7 +85,8 @@ def test_v2_positions_count_from_the_first_token():
 def continued(compiled, ids: torch.Tensor, mask: torch.Tensor | None = None):
     """The handle after a first call with these arguments."""
     step = prepare(compiled, ids, mask)
-    cache = Session(SimpleNamespace(reset=lambda: None), 1).restart(len(ids), step.prefix)
+    request = SimpleNamespace(reset=lambda: None, past_length=step.ids.shape[1])
+    cache = Session(request, 1).restart(len(ids), step.prefix)
     cache.columns.append(step.ids, step.keep, step.position_ids)
     return cache
 
