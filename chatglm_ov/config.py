@@ -25,7 +25,8 @@ class ArchitectureConfig(BaseModel):
     """Name of the module in `chatglm_ov.models` that defines the model."""
     heads_field: ClassVar[str] = "num_key_value_heads"
     head_dim_field: ClassVar[str] = "head_dim"
-    """Fields of the file that these two come from."""
+    positions_field: ClassVar[str] = "max_position_embeddings"
+    """Fields of the file that these three come from."""
 
     hidden_size: int = Field(gt=0)
     num_layers: int = Field(gt=0)
@@ -111,6 +112,7 @@ class ChatGLM2Config(ArchitectureConfig):
 
     architecture: ClassVar[str] = "chatglm2"
     heads_field: ClassVar[str] = "multi_query_group_num"
+    positions_field: ClassVar[str] = "seq_length"
     head_dim_field: ClassVar[str] = "kv_channels"
 
     padded_vocab_size: int = Field(gt=0)

@@ -9,25 +9,19 @@ killed leaves nothing that looks finished.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from glob import escape
 from importlib import import_module
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 from tqdm import tqdm
 
 from chatglm_ov.checkpoint import Checkpoint
@@ -40,54 +34,29 @@ from chatglm_ov.config import (
     read_config_json,
 )
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.finished_folder import check_disk, finished_or_nothing
 from chatglm_ov.lora import with_lora
 from chatglm_ov.lowering import Lowering
 from chatglm_ov.model_weights import model_weights
-from chatglm_ov.models import architecture, graph_shapes
+from chatglm_ov.models import architecture
 from chatglm_ov.native import native, unavailable
+from chatglm_ov.plan import Plan, make_plan
 from chatglm_ov.prequantized import CONFIG_FIELDS, open_checkpoint
-from chatglm_ov.sizes import size
 from chatglm_ov.tokenizer import save_tokenizer_files
 from chatglm_ov.trained_prefix import TrainedPrefix, has_prefix, read_prefix
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
 from chatglm_ov.weights.file import WeightsFile
 from chatglm_ov.weights.formats import FORMATS
 from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, write_ir
-from chatglm_ov.weights.packing import layout_of
 from chatglm_ov.weights.quantized import QuantizedTensor
-from chatglm_ov.weights.store import BLOCK_BYTES, Progress, WeightStore, stored_as
+from chatglm_ov.weights.store import Progress, WeightStore
 
 if TYPE_CHECKING:
     from chatglm_ov.calibration.text import Calibration
 
 OPS = ("fused", "stock")
 
-LIBRARIES_BYTES = 300_000_000
-"""Anonymous memory of Python with OpenVINO, numpy, and torch for .bin checkpoints."""
-BLOCKS_IN_MEMORY = 5
-"""A block of rows as stored, in float32, and what int4 makes of it on the way."""
-
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a conversion will read and need. Sizes in bytes."""
-
-    config: ArchitectureConfig
-    weight_formats: tuple[str, ...]
-    read_bytes: int
-    disk_bytes: int
-    memory_bytes: int
-
-    def __str__(self) -> str:
-        formats = ", ".join(self.weight_formats)
-        return (
-            f"{self.config.architecture}, {self.config.num_layers} layers: {formats}. "
-            f"Reads {size(self.read_bytes)}, writes {size(self.disk_bytes)}, "
-            f"needs about {size(self.memory_bytes)} of memory."
-        )
 
 
 def convert(
@@ -140,12 +109,13 @@ def convert(
         prefix = _trained_prefix(config, stored, None if p_tuning is None else Path(p_tuning))
         fields["pre_seq_len"] = None if prefix is None else prefix.length
         _check_calibration(weights, weight_formats, calibration)
-        plan = make_plan(config, weights, weight_formats, ops, choices, calibration)
+        more_bytes = 0 if prefix is None else prefix.nbytes
+        plan = make_plan(config, weights, weight_formats, ops, choices, calibration, more_bytes)
         log.info("%s", plan)
-        _check_disk(plan, target)
+        check_disk(target, plan.disk_bytes, ", ".join(plan.weight_formats))
         sequences = _sequences(source, config, calibration)
         with ExitStack() as stack:
-            partial = stack.enter_context(_finished_or_nothing(target.resolve(), overwrite))
+            partial = stack.enter_context(finished_or_nothing(target.resolve(), overwrite))
             _write_side_files(source, partial, fields, config, ops)
             if prefix is not None:
                 prefix.save(partial)
@@ -254,65 +224,6 @@ def plan_conversion(
         return make_plan(config, model_weights(config, weights), weight_formats, available_ops(ops))
 
 
-def make_plan(
-    config: ArchitectureConfig,
-    weights: Checkpoint,
-    weight_formats: Sequence[str],
-    ops: str,
-    choices: FormatChoices = DEFAULT_CHOICES,
-    calibration: Calibration | None = None,
-) -> Plan:
-    """Sizes follow from the shapes; memory is the interpreter with its libraries and a few blocks of rows, or what a
-    calibration needs."""
-    shapes = graph_shapes(config)
-    _check_patterns(config, choices)
-    formats = tuple(dict.fromkeys(weight_formats))
-    read = sum(weights.nbytes(name) for name in shapes) * len(formats)
-    disk = sum(_stored_bytes(config, weights, name, ops, choices) for name in formats)
-    largest = max(4 * prod(shape) for shape in shapes.values())
-    memory = BLOCKS_IN_MEMORY * min(largest, BLOCK_BYTES)
-    if calibration is not None:
-        from chatglm_ov.calibration.needs import calibrated_weights, disk_bytes, memory_bytes
-
-        chosen = calibrated_weights(config, choices, formats, calibration.methods)
-        disk += disk_bytes(config, chosen)
-        memory = max(memory, memory_bytes(config, chosen, calibration.tokens))
-    return Plan(config, formats, read, disk, LIBRARIES_BYTES + memory)
-
-
-def _check_patterns(config: ArchitectureConfig, choices: FormatChoices) -> None:
-    module = architecture(config)
-    shapes = graph_shapes(config)
-    layers = [n for n, shape in shapes.items() if len(shape) == 2 and n not in (module.EMBEDDING, module.LM_HEAD)]
-    for pattern in choices.layer_formats:
-        if not fnmatch.filter(layers, pattern):
-            wanted = f"a pattern of linear weights in layers, such as {layers[0]}"
-            raise ChatGLMError("convert", "layer_formats", repr(pattern), wanted)
-
-
-def _stored_bytes(
-    config: ArchitectureConfig, weights: Checkpoint, weight_format: str, ops: str, choices: FormatChoices
-) -> int:
-    module = architecture(config)
-    shapes = graph_shapes(config)
-    tied = module.LM_HEAD not in shapes
-    total = 0
-    for name, shape in shapes.items():
-        if len(shape) == 1:
-            total += 4 * shape[0]
-            continue
-        if name == module.LM_HEAD or (tied and name == module.EMBEDDING):
-            chosen = choices.lm_head(weight_format, shape[1])
-        elif name == module.EMBEDDING:
-            chosen = choices.embedding(weight_format)
-        else:
-            chosen = choices.linear(weight_format, name, shape[1])
-        fmt = stored_as(weights[name], chosen)
-        row_by_row = ops == "stock" or (name == module.EMBEDDING and not tied)
-        total += fmt.nbytes(shape) if row_by_row else layout_of(fmt, *shape).bytes
-    return total
-
-
 def _config_fields(
     source: Path,
     rope_ratio_meaning: str | None = None,
@@ -375,65 +286,6 @@ def _check_apart(target: Path, folder: Path, name: str) -> None:
         raise ChatGLMError(target, "output", f"the {name} itself", "another folder")
     if target.resolve() in folder.resolve().parents:
         raise ChatGLMError(target, "output", f"a folder that the {name} is in", "another folder")
-
-
-def _check_disk(plan: Plan, target: Path) -> None:
-    parent = target.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = psutil.disk_usage(str(parent)).free
-    if free < plan.disk_bytes:
-        wanted = f"{size(plan.disk_bytes)} for {', '.join(plan.weight_formats)}"
-        raise ChatGLMError(target, "free disk space", size(free), wanted)
-
-
-@contextmanager
-def _finished_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `target` that takes its name on success and vanishes on any error."""
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        partial.mkdir()
-        yield partial
-        _put_in_place(partial, target, overwrite)
-    except OSError as error:
-        raise ChatGLMError(
-            target, "output", f"not writable ({error.strerror or error})", "a folder on a disk with room"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
-    """The old folder is removed when the new one stands in its place."""
-    if overwrite and target.exists():
-        replaced = partial.with_name(f"{partial.name}-replaced")
-        target.rename(replaced)
-        partial.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        # Fails where another conversion was faster.
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Folders of conversions to `target` that were killed."""
-    prefix = f".{target.name}.partial-"
-    for folder in target.parent.glob(escape(prefix) + "*"):
-        if not _owner_runs(folder, folder.name.removeprefix(prefix).partition("-")[0]):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _owner_runs(folder: Path, pid: str) -> bool:
-    """Whether the process that made `folder` is still there. A process that is younger than the folder has the
-    number of one that is gone; the clocks of the two times agree to a second."""
-    try:
-        return psutil.Process(int(pid)).create_time() < folder.stat().st_mtime + 1
-    except (ValueError, psutil.NoSuchProcess):
-        return False
 
 
 @contextmanager

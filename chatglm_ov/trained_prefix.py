@@ -38,6 +38,10 @@ class TrainedPrefix:
     def length(self) -> int:
         return self.keys.shape[2]
 
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
     def save(self, folder: Path) -> None:
         try:
             save_file({"keys": self.keys, "values": self.values}, folder / FILE_NAME)

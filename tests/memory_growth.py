@@ -10,40 +10,13 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from chatglm_ov.conversion import convert
+from chatglm_ov.memory import growth
 from chatglm_ov.runtime import load_model
-
-
-def anonymous_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
-
-
-@contextmanager
-def growth(into: dict[str, int], name: str) -> Iterator[None]:
-    """Note under `name` by how much the memory grew at most, looked at every millisecond."""
-    start, done = anonymous_bytes(), threading.Event()
-    peaks = [start]
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            peaks.append(max(peaks[-1], anonymous_bytes()))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-        into[name] = max(peaks[-1], anonymous_bytes()) - start
 
 
 def first_token(folder: Path, weight_format: str, precision: str | None) -> None:
@@ -60,12 +33,14 @@ def main(checkpoint: Path, small: Path, out: Path, ops: str, formats: list[str])
     found = {}
     for name in formats:
         sizes = found[name] = {}
-        with growth(sizes, "convert"):
+        with growth() as grown:
             convert(checkpoint, out / name, (name,), ops, progress=False)
+        sizes["convert"] = grown.nbytes
         sizes["bin"] = (out / name / name / "openvino_model.bin").stat().st_size
         for precision in ("f32", None):
-            with growth(sizes, f"load {precision}"):
+            with growth() as grown:
                 first_token(out / name, name, precision)
+            sizes[f"load {precision}"] = grown.nbytes
     print(json.dumps(found))
 
 

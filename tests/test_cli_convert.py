@@ -17,7 +17,7 @@ import pytest
 import torch
 from command_line import PROGRAM, Run, checkpoint, copy_of, finish, make_checkpoint, names, run, spawn, wait_for  # noqa: F401
 
-from chatglm_ov import conversion
+from chatglm_ov import conversion, finished_folder
 from chatglm_ov.presets import config_json
 from chatglm_ov.sizes import size
 
@@ -160,8 +160,8 @@ def test_too_little_disk_space_is_told_before_anything_is_written(
     checkpoint: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = size(conversion.plan_conversion(checkpoint).disk_bytes)
-    usage = conversion.psutil.disk_usage(tmp_path)._replace(free=500_000)
-    monkeypatch.setattr(conversion.psutil, "disk_usage", lambda path: usage)
+    usage = finished_folder.psutil.disk_usage(tmp_path)._replace(free=500_000)
+    monkeypatch.setattr(finished_folder.psutil, "disk_usage", lambda path: usage)
     told = run("convert", checkpoint, tmp_path / "out").error
     assert f"free disk space is 500.00 kB, expected {needed} for bf16, int8" in told
     assert names(tmp_path) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from math import prod
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import pytest
 from golden_cases import OPS, V2
 
 from chatglm_ov.config import parse_config
+from chatglm_ov.memory import growth, memory
 from chatglm_ov.models import architecture
 from chatglm_ov.presets import config_json
 from chatglm_ov.weights.store import BLOCK_BYTES
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mapped files are told apart on Linux")
 
 FORMATS = ("bf16", "int8", "int4")
 SIZES = {"hidden_size": 2048, "num_attention_heads": 16, "ffn_hidden_size": 6144, "padded_vocab_size": 32768}
@@ -67,3 +69,19 @@ def test_loaded_weights_stay_compressed(name, precision, ops, measured):
     expanded them, they would take 2 to 8 times as much, and the table too. Fused operations copy no weight."""
     bound = measured[name]["bin"] / (10 if ops == "fused" else 1)
     assert measured[name][f"load {precision}"] < bound
+
+
+def test_memory_grows_with_what_is_allocated() -> None:
+    before = memory()
+    block = bytearray(b"x" * (64 << 20))
+    after = memory()
+    assert len(block) == 64 << 20
+    assert all(60 << 20 < late - early < 140 << 20 for early, late in zip(before, after, strict=True))
+
+
+def test_growth_is_the_most_that_was_there() -> None:
+    with growth() as grown:
+        block = bytearray(b"x" * (64 << 20))
+        time.sleep(0.05)
+        del block
+    assert 60 << 20 < grown.nbytes < 140 << 20

@@ -17,16 +17,13 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +35,7 @@ from chatglm_ov.bench.models import converted, from_preset
 from chatglm_ov.calibration.text import POEMS
 from chatglm_ov.cli.demo import CHECKPOINT
 from chatglm_ov.conversion import available_ops
+from chatglm_ov.memory import growth
 from chatglm_ov.sizes import size
 
 PROGRAM = Path(__file__).read_text(encoding="utf-8")
@@ -100,10 +98,14 @@ def guesses(model: Any, arguments: argparse.Namespace) -> Iterator[list[str]]:
         yield [name, str(len(answer)), right, spread]
 
 
+def random_ids(model: Any, count: int) -> torch.Tensor:
+    """int64 [1, count]."""
+    return torch.randint(0, model.config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
+
+
 def reuse(model: Any, arguments: argparse.Namespace) -> Iterator[list[str]]:
     yield ["history", "new tokens", "share of computing it again"]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, 60000, (1, arguments.history + 32), generator=generator)
+    ids = random_ids(model, arguments.history + 32)
     shares = []
     for _ in range(arguments.rounds):
         times = []
@@ -118,10 +120,10 @@ def reuse(model: Any, arguments: argparse.Namespace) -> Iterator[list[str]]:
 
 def long_prompt(model: Any, arguments: argparse.Namespace) -> Iterator[list[str]]:
     yield ["tokens", "cache", "peak beside weights and cache", "last quarter / first quarter"]
-    ids = torch.randint(100, 60000, (1, arguments.tokens - 8), generator=torch.Generator().manual_seed(0))
+    ids = random_ids(model, arguments.tokens)
     times: list[tuple[int, float]] = [(0, perf_counter())]
     model.prompt_progress = lambda done, total: times.append((done, perf_counter()))
-    with peak() as found:
+    with growth() as grown:
         model(ids, logits_to_keep=1)
     cache = model.session.request.cache.nbytes
     quarters = [
@@ -129,31 +131,7 @@ def long_prompt(model: Any, arguments: argparse.Namespace) -> Iterator[list[str]
         for low, high in ((0, 0.26), (0.74, 1))
     ]
     slower = sum(quarters[1]) / sum(quarters[0])
-    yield [str(arguments.tokens), size(cache), size(found["bytes"] - cache), f"{slower:.2f}"]
-
-
-@contextmanager
-def peak() -> Iterator[dict[str, int]]:
-    """By how much the anonymous memory of the process grew at most, looked at every few milliseconds."""
-    process, done, found = psutil.Process(), threading.Event(), {"bytes": 0}
-
-    def anonymous() -> int:
-        info = process.memory_info()
-        return info.rss - info.shared
-
-    before = anonymous()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            found["bytes"] = max(found["bytes"], anonymous() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        watcher.join()
+    yield [str(arguments.tokens), size(cache), size(grown.nbytes - cache), f"{slower:.2f}"]
 
 
 def parse_arguments() -> argparse.Namespace:

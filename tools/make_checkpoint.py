@@ -15,8 +15,6 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.finished_folder import check_disk, finished_or_nothing
 from chatglm_ov.presets import PRESETS, config_json
 from chatglm_ov.random_weights import DTYPES, RandomTensor, stored_tensors
 
@@ -94,7 +93,7 @@ def write_weights(folder: Path, shards: list[list[RandomTensor]], file_format: s
     if len(shards) == 1:
         names = [f"{stem}{extension}"]
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=folder.name.strip(".")) as progress:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=folder.name.strip(".").partition(".partial")[0]) as progress:
         for name, shard in zip(names, shards, strict=True):
             write(folder / name, shard, seed, progress)
     if len(shards) > 1:
@@ -107,36 +106,17 @@ def write_json(file: Path, contents: Any) -> None:
     file.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def staged(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `output` that takes its name at the end, and is removed if it never comes to that."""
+def check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise ChatGLMError(output, "output", "a file", "a new folder")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise ChatGLMError(output, "output", "a folder that is not empty", "a new folder, or --overwrite")
-    output = output.absolute()
-    folder = output.parent / f".{output.name}.partial"
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if output.exists():
-            shutil.rmtree(output)
-        folder.rename(output)
-    except OSError as error:
-        seen = f"not writable ({error.strerror or error})"
-        raise ChatGLMError(output, "output", seen, "a folder on a disk with room") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_disk(output: Path, shards: list[list[RandomTensor]], file_format: str) -> None:
+def bytes_on_disk(shards: list[list[RandomTensor]], file_format: str) -> int:
+    """At most: a .bin is written from a shard in the other format."""
     sizes = [sum(tensor.nbytes for tensor in shard) for shard in shards]
-    needed = sum(sizes) + (max(sizes) if file_format == "bin" else 0)
-    there = next(folder for folder in output.absolute().parents if folder.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise ChatGLMError(output, "free disk space", f"{free / 1e9:.1f} GB", f"at least {needed / 1e9:.1f} GB")
+    return sum(sizes) + (max(sizes) if file_format == "bin" else 0)
 
 
 def tokenizer_files(folder: Path | None) -> list[Path]:
@@ -165,8 +145,9 @@ def make_checkpoint(
     """
     shards = split_into_shards(stored_tensors(fields), shard_size)
     files = tokenizer_files(tokenizer)
-    check_disk(output, shards, file_format)
-    with staged(output, overwrite) as folder:
+    check_output(output, overwrite)
+    check_disk(output, bytes_on_disk(shards, file_format), "the weights")
+    with finished_or_nothing(output.resolve(), overwrite) as folder:
         write_json(folder / "config.json", fields)
         for file in files:
             shutil.copyfile(file, folder / file.name)

@@ -33,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from chatglm_ov.cli.answer import ask, open_model
-    from chatglm_ov.generation.timing import memory
+    from chatglm_ov.memory import memory
     from chatglm_ov.sizes import size
 
     answer_to = ask

@@ -65,7 +65,8 @@ class Case:
         if self.tokens < least:
             raise ChatGLMError(option, "value", self.tokens, f"at least {least}")
         if limit is not None and self.tokens + more > limit:
-            raise ChatGLMError(option, "value", self.tokens, f"at most {limit - more} (seq_length {limit})")
+            wanted = f"at most {limit - more} ({config.positions_field} {limit})"
+            raise ChatGLMError(option, "value", self.tokens, wanted)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from chatglm_ov.bench.weights import RandomWeights
 from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
-from chatglm_ov.conversion import Plan, convert_weights, make_plan
+from chatglm_ov.conversion import convert_weights
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.model_weights import model_weights
+from chatglm_ov.plan import Plan, make_plan
 from chatglm_ov.prequantized import open_checkpoint
 from chatglm_ov.presets import config_json, layers_field
 from chatglm_ov.runtime import weight_formats

@@ -48,7 +48,8 @@ class Calibration:
         """Ids of the texts, int64 [N] each, N at most a window. Raises ChatGLMError for texts shorter than that."""
         limit = config.max_positions
         if limit is not None and self.window > limit:
-            raise ChatGLMError("convert", "calibration window", self.window, f"at most {limit} (seq_length)")
+            wanted = f"at most {limit} ({config.positions_field})"
+            raise ChatGLMError("convert", "calibration window", self.window, wanted)
         found, tokens = [], 0
         for ids, given in self._windows(tokenizer):
             _check_ids(self.source.path, ids, config)

@@ -11,10 +11,10 @@ import openvino as ov
 
 from chatglm_ov.cli.parts import weight_parts
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
-from chatglm_ov.conversion import make_plan
 from chatglm_ov.model_weights import model_weights
 from chatglm_ov.models import architecture
 from chatglm_ov.native import native, unavailable
+from chatglm_ov.plan import make_plan
 from chatglm_ov.prequantized import open_checkpoint
 from chatglm_ov.presets import PRESETS, config_json
 from chatglm_ov.runtime import default_weight_format, load_model, read_ir, weight_formats

@@ -59,7 +59,7 @@ def _check(models: Sequence[CompiledModel], texts: Windows) -> None:
     for model in models:
         limit = model.config.max_positions
         if limit is not None and texts.length > limit:
-            raise ChatGLMError("eval", "window", texts.length, f"at most {limit} (seq_length)")
+            raise ChatGLMError("eval", "window", texts.length, f"at most {limit} ({model.config.positions_field})")
 
 
 def _together(requests: Sequence[Request], window: Window) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 _REFUSED = {
-    "guidance_scale": "a prompt without the condition would need a cache of its own",
-    "prefill_chunk_size": "a long prompt is computed in pieces anyway",
+    "guidance_scale": (1, "a prompt without the condition would need a cache of its own"),
+    "prefill_chunk_size": (None, "a long prompt is computed in pieces anyway"),
 }
-"""Arguments of generate() that cannot be had."""
+"""Arguments of generate() that cannot be had, beside the value with which they do nothing, and why."""
 
 
 class StatefulGenerationMixin(GenerationMixin):
@@ -66,9 +66,9 @@ class StatefulGenerationMixin(GenerationMixin):
         """
         if kwargs.get("inputs_embeds") is not None:
             raise ChatGLMError("generate", "inputs_embeds", "given", "input_ids")
-        for name, reason in _REFUSED.items():
+        for name, (neutral, reason) in _REFUSED.items():
             value = kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
-            if value not in (None, 1):
+            if value not in (None, neutral):
                 raise ChatGLMError("generate", name, value, f"none: {reason}")
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         self.reused_tokens, self.speculation = 0, None

@@ -1,4 +1,4 @@
-"""How long the tokens of an answer took, and the memory of the process that made them."""
+"""How long the tokens of an answer took."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-import psutil
 import torch
 from transformers import StoppingCriteria
 
@@ -58,10 +57,3 @@ class Stopwatch(StoppingCriteria):
         if not self._times:
             return None
         return Timing(len(self._times), self._times[0] - self._start, self._times[-1] - self._times[0])
-
-
-def memory() -> tuple[int, int]:
-    """Resident and anonymous bytes of this process. The second leaves out the pages of mapped files, such as the
-    weights, which the system can drop and share; where it does not tell them apart, both are the same."""
-    info = psutil.Process().memory_info()
-    return info.rss, info.rss - getattr(info, "shared", 0)

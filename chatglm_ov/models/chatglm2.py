@@ -12,7 +12,7 @@ import numpy as np
 
 from chatglm_ov.config import ChatGLM2Config
 from chatglm_ov.lowering import AttentionShape, Lowering, Rotary
-from chatglm_ov.models.folds import Fold
+from chatglm_ov.models.folds import Fold, gated_block_folds
 from chatglm_ov.models.positions import causal_positions
 from chatglm_ov.models.rows import interleaved_to_half, per_head_qkv, per_head_values, planar_qkv, planar_values
 from chatglm_ov.rope_scaling import rotary_frequencies
@@ -110,20 +110,20 @@ def _mlp(config: ChatGLM2Config, g: Lowering, y: Any, i: int) -> Any:
 
 
 def input_folds(config: ChatGLM2Config) -> dict[str, Fold]:
-    """Every input of a linear layer is made by weights that nothing else reads: a norm, the values of attention (each
-    by the query heads of its group), the half of the MLP that is multiplied with the gate."""
+    """Those of a block with a gated MLP; a value is made for all query heads of its group."""
     heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.kv_channels
     values = planar_values(heads, groups, dim) if config.multi_query_attention else per_head_values(heads, dim)
-    up = config.ffn_hidden_size + np.arange(config.ffn_hidden_size)
-    folds = {}
-    for i in range(config.num_layers):
-        layer = f"{LAYER}.{i}"
-        qkv, gate_up = f"{layer}.self_attention.query_key_value", f"{layer}.mlp.dense_h_to_4h.weight"
-        qkv_bias = (f"{qkv}.bias",) if config.add_qkv_bias else ()
-        folds[f"{qkv}.weight"] = Fold((f"{layer}.input_layernorm.weight",))
-        folds[f"{layer}.self_attention.dense.weight"] = Fold((f"{qkv}.weight", *qkv_bias), values, cached=True)
-        folds[gate_up] = Fold((f"{layer}.post_attention_layernorm.weight",))
-        folds[f"{layer}.mlp.dense_4h_to_h.weight"] = Fold((gate_up,), up)
+    kinds = ("weight", "bias") if config.add_qkv_bias else ("weight",)
+    folds: dict[str, Fold] = {}
+    for layer in (f"{LAYER}.{i}" for i in range(config.num_layers)):
+        folds |= gated_block_folds(
+            (f"{layer}.input_layernorm.weight", f"{layer}.post_attention_layernorm.weight"),
+            tuple(f"{layer}.self_attention.query_key_value.{kind}" for kind in kinds),
+            f"{layer}.self_attention.dense.weight",
+            (f"{layer}.mlp.dense_h_to_4h.weight", f"{layer}.mlp.dense_4h_to_h.weight"),
+            values,
+            config.ffn_hidden_size,
+        )
     return folds
 
 

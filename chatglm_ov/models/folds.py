@@ -21,3 +21,21 @@ class Fold:
     into: tuple[str, ...]
     rows: np.ndarray | None = None
     cached: bool = False
+
+
+def gated_block_folds(
+    norms: tuple[str, str], qkv: tuple[str, ...], dense: str, mlp: tuple[str, str], values: np.ndarray, features: int
+) -> dict[str, Fold]:
+    """Of a block whose MLP has a gate: every input of a linear layer is made by weights that nothing else reads.
+
+    A norm makes those of `qkv` and of the first weight of `mlp`, [2 F, K]; the values of attention, rows `values` of
+    `qkv`, those of `dense`; the half that is multiplied with the gate those of the second weight of `mlp`, [N, F].
+    norms: weights of those before attention and before the MLP. qkv: the weight, and its bias if there is one.
+    features: F.
+    """
+    return {
+        qkv[0]: Fold((norms[0],)),
+        dense: Fold(qkv, values, cached=True),
+        mlp[0]: Fold((norms[1],)),
+        mlp[1]: Fold((mlp[0],), features + np.arange(features)),
+    }

@@ -13,7 +13,7 @@ import numpy as np
 
 from chatglm_ov.config import GlmConfig
 from chatglm_ov.lowering import AttentionShape, Lowering, Rotary
-from chatglm_ov.models.folds import Fold
+from chatglm_ov.models.folds import Fold, gated_block_folds
 from chatglm_ov.models.positions import causal_positions
 from chatglm_ov.models.rows import interleaved_to_half, planar_qkv, planar_values
 from chatglm_ov.rope_scaling import rotary_frequencies
@@ -111,19 +111,19 @@ def mlp(config: GlmConfig, g: Lowering, y: Any, i: int, residual: Any = None) ->
 
 
 def input_folds(config: GlmConfig) -> dict[str, Fold]:
-    """Every input of a linear layer is made by weights that nothing else reads: a norm, the values of attention (each
-    by the query heads of its group), the half of the MLP that is multiplied with the gate."""
+    """Those of a block with a gated MLP; a value is made for all query heads of its group."""
     values = planar_values(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    up = config.intermediate_size + np.arange(config.intermediate_size)
-    folds = {}
-    for i in range(config.num_layers):
-        layer = f"{LAYER}.{i}"
-        qkv, gate_up = f"{layer}.self_attn.qkv_proj", f"{layer}.mlp.gate_up_proj.weight"
-        qkv_bias = (f"{qkv}.bias",) if config.attention_bias else ()
-        folds[f"{qkv}.weight"] = Fold((f"{layer}.input_layernorm.weight",))
-        folds[f"{layer}.self_attn.o_proj.weight"] = Fold((f"{qkv}.weight", *qkv_bias), values, cached=True)
-        folds[gate_up] = Fold((f"{layer}.post_attention_layernorm.weight",))
-        folds[f"{layer}.mlp.down_proj.weight"] = Fold((gate_up,), up)
+    kinds = ("weight", "bias") if config.attention_bias else ("weight",)
+    folds: dict[str, Fold] = {}
+    for layer in (f"{LAYER}.{i}" for i in range(config.num_layers)):
+        folds |= gated_block_folds(
+            (f"{layer}.input_layernorm.weight", f"{layer}.post_attention_layernorm.weight"),
+            tuple(f"{layer}.self_attn.qkv_proj.{kind}" for kind in kinds),
+            f"{layer}.self_attn.o_proj.weight",
+            (f"{layer}.mlp.gate_up_proj.weight", f"{layer}.mlp.down_proj.weight"),
+            values,
+            config.intermediate_size,
+        )
     return folds
 
 

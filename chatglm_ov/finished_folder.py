@@ -1,0 +1,76 @@
+"""Folders that are there when they are finished, and not before."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path
+
+import psutil
+
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.sizes import size
+
+
+def check_disk(target: Path, nbytes: int, what: str) -> None:
+    """Raises ChatGLMError where `target` will be on a disk with fewer free bytes."""
+    parent = target.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = psutil.disk_usage(str(parent)).free
+    if free < nbytes:
+        raise ChatGLMError(target, "free disk space", size(free), f"{size(nbytes)} for {what}")
+
+
+@contextmanager
+def finished_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `target` that takes its name on success and vanishes on any error. overwrite: `target` may be
+    there and not empty. Raises ChatGLMError for what the file system refuses."""
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        partial.mkdir()
+        yield partial
+        _put_in_place(partial, target, overwrite)
+    except OSError as error:
+        raise ChatGLMError(
+            target, "output", f"not writable ({error.strerror or error})", "a folder on a disk with room"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
+    """The old folder is removed when the new one stands in its place."""
+    if overwrite and target.exists():
+        replaced = partial.with_name(f"{partial.name}-replaced")
+        target.rename(replaced)
+        partial.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        # Fails where another conversion was faster.
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Folders of conversions to `target` that were killed."""
+    prefix = f".{target.name}.partial-"
+    for folder in target.parent.glob(escape(prefix) + "*"):
+        if not _owner_runs(folder, folder.name.removeprefix(prefix).partition("-")[0]):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _owner_runs(folder: Path, pid: str) -> bool:
+    """Whether the process that made `folder` is still there. A process that is younger than the folder has the
+    number of one that is gone; the clocks of the two times agree to a second."""
+    try:
+        return psutil.Process(int(pid)).create_time() < folder.stat().st_mtime + 1
+    except (ValueError, psutil.NoSuchProcess):
+        return False

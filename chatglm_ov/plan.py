@@ -1,0 +1,106 @@
+"""What a conversion will read, write and need, from the shapes alone."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.config import ArchitectureConfig
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.models import architecture, graph_shapes
+from chatglm_ov.sizes import size
+from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
+from chatglm_ov.weights.packing import layout_of
+from chatglm_ov.weights.store import BLOCK_BYTES, stored_as
+
+if TYPE_CHECKING:
+    from chatglm_ov.calibration.text import Calibration
+
+LIBRARIES_BYTES = 300_000_000
+"""Anonymous memory of Python with OpenVINO, numpy, and torch for .bin checkpoints."""
+BLOCKS_IN_MEMORY = 5
+"""A block of rows as stored, in float32, and what int4 makes of it on the way."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will read and need. Sizes in bytes."""
+
+    config: ArchitectureConfig
+    weight_formats: tuple[str, ...]
+    read_bytes: int
+    disk_bytes: int
+    memory_bytes: int
+
+    def __str__(self) -> str:
+        formats = ", ".join(self.weight_formats)
+        return (
+            f"{self.config.architecture}, {self.config.num_layers} layers: {formats}. "
+            f"Reads {size(self.read_bytes)}, writes {size(self.disk_bytes)}, "
+            f"needs about {size(self.memory_bytes)} of memory."
+        )
+
+
+def make_plan(
+    config: ArchitectureConfig,
+    weights: Checkpoint,
+    weight_formats: Sequence[str],
+    ops: str,
+    choices: FormatChoices = DEFAULT_CHOICES,
+    calibration: Calibration | None = None,
+    more_bytes: int = 0,
+) -> Plan:
+    """weights: as `model_weights` gives them. ops: fused or stock. more_bytes: of other files that are written. Memory
+    is the interpreter with its libraries and a few blocks of rows, or what a calibration needs. Raises ChatGLMError for
+    patterns of formats that fit no weight."""
+    shapes = graph_shapes(config)
+    _check_patterns(config, choices)
+    formats = tuple(dict.fromkeys(weight_formats))
+    read = sum(weights.nbytes(name) for name in shapes) * len(formats)
+    disk = more_bytes + sum(_stored_bytes(config, weights, name, ops, choices) for name in formats)
+    largest = max(4 * prod(shape) for shape in shapes.values())
+    memory = BLOCKS_IN_MEMORY * min(largest, BLOCK_BYTES)
+    if calibration is not None:
+        from chatglm_ov.calibration.needs import calibrated_weights, disk_bytes, memory_bytes
+
+        chosen = calibrated_weights(config, choices, formats, calibration.methods)
+        disk += disk_bytes(config, chosen)
+        memory = max(memory, memory_bytes(config, chosen, calibration.tokens))
+    return Plan(config, formats, read, disk, LIBRARIES_BYTES + memory)
+
+
+def _check_patterns(config: ArchitectureConfig, choices: FormatChoices) -> None:
+    module = architecture(config)
+    shapes = graph_shapes(config)
+    layers = [n for n, shape in shapes.items() if len(shape) == 2 and n not in (module.EMBEDDING, module.LM_HEAD)]
+    for pattern in choices.layer_formats:
+        if not fnmatch.filter(layers, pattern):
+            wanted = f"a pattern of linear weights in layers, such as {layers[0]}"
+            raise ChatGLMError("convert", "layer_formats", repr(pattern), wanted)
+
+
+def _stored_bytes(
+    config: ArchitectureConfig, weights: Checkpoint, weight_format: str, ops: str, choices: FormatChoices
+) -> int:
+    module = architecture(config)
+    shapes = graph_shapes(config)
+    tied = module.LM_HEAD not in shapes
+    total = 0
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            total += 4 * shape[0]
+            continue
+        if name == module.LM_HEAD or (tied and name == module.EMBEDDING):
+            chosen = choices.lm_head(weight_format, shape[1])
+        elif name == module.EMBEDDING:
+            chosen = choices.embedding(weight_format)
+        else:
+            chosen = choices.linear(weight_format, name, shape[1])
+        fmt = stored_as(weights[name], chosen)
+        row_by_row = ops == "stock" or (name == module.EMBEDDING and not tied)
+        total += fmt.nbytes(shape) if row_by_row else layout_of(fmt, *shape).bytes
+    return total
