@@ -16,6 +16,7 @@ import numpy as np
 import openvino as ov
 
 from chatglm_ov import in_place
+from chatglm_ov.chains import chain_operations
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.fuse_norms import fuse_norms
@@ -135,9 +136,13 @@ def read_ir(path: Path) -> ov.Model:
         raise ChatGLMError(weights, "file", "missing", "the weights beside the IR")
     try:
         reader = _core_for(path, read_description(path))
-        return reader.read_model(path)
+        model = reader.read_model(path)
     except (RuntimeError, ParseError) as error:
         raise ChatGLMError(path, "IR", f"unreadable ({_last_line(error)})", "an IR as `convert` writes it") from error
+    # Its steps are not checked against their weights: those that it is made of are, as nodes of the graph.
+    if any(node.get_type_name() == "Chain" for node in model.get_ops()):
+        raise ChatGLMError(path, "IR", "with an operation Chain", "an IR as `convert` writes it")
+    return model
 
 
 def _core_for(path: Path, described: dict[str, str]) -> ov.Core:
@@ -195,7 +200,9 @@ def _fused_properties(model: ov.Model, settings: Settings, device: str) -> dict[
             if node.get_type_name() == "FullyConnected":
                 node.set_attribute("activation_bits", settings.activation_bits)
     fuse_norms(model)
-    if not in_place.works_in_place():
+    if in_place.works_in_place():
+        chain_operations(model)
+    else:
         in_place.copy_caches(model)
     # Values between operations are f32. With another hint the plugin would convert them there and back.
     return {"INFERENCE_PRECISION_HINT": "f32"}

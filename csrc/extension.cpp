@@ -3,6 +3,7 @@
 #include <openvino/core/op_extension.hpp>
 
 #include "ops/cache_table.h"
+#include "ops/chain.h"
 #include "ops/embedding.h"
 #include "ops/fully_connected.h"
 #include "ops/multi_head_attention.h"
@@ -16,4 +17,5 @@ OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({
     std::make_shared<ov::OpExtension<chatglm::RotaryEmbedding>>(),
     std::make_shared<ov::OpExtension<chatglm::CacheTable>>(),
     std::make_shared<ov::OpExtension<chatglm::MultiHeadAttention>>(),
+    std::make_shared<ov::OpExtension<chatglm::Chain>>(),
 }));

@@ -141,6 +141,13 @@ def write_checkpoint(folder: Path, like: Path, tensors: dict[str, np.ndarray], *
     return folder
 
 
+class AnyProperties(dict):
+    """No properties, as a key of a cache."""
+
+    def __hash__(self):
+        return id(self)
+
+
 @pytest.fixture(scope="session")
 def open_compiled(tmp_path_factory: pytest.TempPathFactory) -> Opener:
     """Function (checkpoint folder, weight_format, inference_precision, ops, further options of load_model) ->

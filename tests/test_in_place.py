@@ -9,10 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_cases import V1, V2, Opener, each_small, golden_prompt, open_compiled, teacher_forced, without_library  # noqa: F401
+from golden_cases import (  # noqa: F401
+    V1,
+    V2,
+    AnyProperties,
+    Opener,
+    each_small,
+    golden_prompt,
+    open_compiled,
+    teacher_forced,
+    without_library,
+)
 
-from chatglm_ov import convert, in_place
-from chatglm_ov.runtime import CompiledModel, core, load_model
+from chatglm_ov import convert, in_place, runtime
+from chatglm_ov.runtime import CompiledModel, load_model
 
 pytestmark = without_library
 
@@ -28,19 +38,11 @@ def test_a_model_that_copies_is_noticed():
     assert not in_place.is_kept_in_place(model)
 
 
-def copying(model: CompiledModel) -> CompiledModel:
-    """The same model by the fall-back."""
-    graph = model.model.clone()
-    in_place.copy_caches(graph)
-    settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    return CompiledModel(
-        model.config,
-        model.weight_format,
-        graph,
-        core().compile_model(graph, "CPU", settings),
-        "fused",
-        model.kv_cache_format,
-    )
+def copying(open_compiled: Opener, checkpoint: Path, *how: str | None) -> CompiledModel:
+    """A model by the fall-back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "chain_operations", in_place.copy_caches)
+        return open_compiled(checkpoint, *how, ops="fused", properties=AnyProperties())
 
 
 @each_small
@@ -48,7 +50,8 @@ def copying(model: CompiledModel) -> CompiledModel:
 def test_the_fall_back_gives_the_same(golden, how, open_compiled: Opener):
     """Bit for bit: logits, and the cache, over a prompt and steps, a reorder, growth and a reset."""
     model = open_compiled(golden.checkpoint, *how, ops="fused")
-    prompt, requests = golden_prompt(golden, "batch", model), (model.create_request(), copying(model).create_request())
+    prompt = golden_prompt(golden, "batch", model)
+    requests = [each.create_request() for each in (model, copying(open_compiled, golden.checkpoint, *how))]
     tokens = golden["batch_dec_tokens"]
     for _ in range(2):
         ours, wanted = (teacher_forced(request, prompt, tokens)[1] for request in requests)
@@ -67,7 +70,7 @@ def test_the_fall_back_gives_the_same(golden, how, open_compiled: Opener):
 
 
 def test_the_fall_back_has_no_state_written_in_place(open_compiled: Opener):
-    model = copying(open_compiled(V2.checkpoint, ops="fused"))
+    model = copying(open_compiled, V2.checkpoint)
     nodes = model.model.get_ops()
     attention = [node for node in nodes if node.get_type_name() == "MultiHeadAttention"]
     assert len(attention) == model.config.num_layers
@@ -77,7 +80,7 @@ def test_the_fall_back_has_no_state_written_in_place(open_compiled: Opener):
 
 
 def test_two_requests_of_the_fall_back(open_compiled: Opener):
-    model = copying(open_compiled(V1.checkpoint, ops="fused"))
+    model = copying(open_compiled, V1.checkpoint)
     one, other = golden_prompt(V1, "p5", model), golden_prompt(V1, "batch", model)
     first, second = model.create_request(), model.create_request()
     one.feed(first)

@@ -16,6 +16,7 @@ from golden_cases import (  # noqa: F401
     TOLERANCE,
     V1,
     V2,
+    AnyProperties,
     Opener,
     each_golden,
     each_small,
@@ -41,22 +42,16 @@ formats = pytest.mark.parametrize("weight_format", ["f32", "bf16", "int8", "int4
 # The graph
 
 
-class AnyProperties(dict):
-    """No properties, as a key of a cache."""
-
-    def __hash__(self):
-        return id(self)
-
-
 def types(model: CompiledModel) -> Counter[str]:
     return Counter(node.get_type_name() for node in model.model.get_ops())
 
 
 @formats
 @each_small
-def test_a_block_is_five_operations(golden, weight_format, open_compiled: Opener):
-    """Seven in ChatGLM-6B, where what a norm gives is a residual too."""
-    model = open_compiled(golden.checkpoint, weight_format, ops="fused")
+def test_a_block_is_five_operations(golden, weight_format, open_compiled: Opener, monkeypatch: pytest.MonkeyPatch):
+    """Seven in ChatGLM-6B, where what a norm gives is a residual too; before all of them become one."""
+    monkeypatch.setattr(runtime, "chain_operations", lambda model: None)
+    model = open_compiled(golden.checkpoint, weight_format, ops="fused", properties=AnyProperties())
     count, layers = types(model), model.config.num_layers
     assert count["FullyConnected"] == 4 * layers + 1
     assert count["Norm"] == (2 * layers + 1 if golden is V1 else 1)
@@ -72,13 +67,30 @@ def test_a_block_is_five_operations(golden, weight_format, open_compiled: Opener
 def test_norms_are_the_same_in_the_operation_behind_them(
     golden, weight_format, open_compiled: Opener, monkeypatch: pytest.MonkeyPatch
 ):
-    """Bit for bit, a prompt and a step; the option only keeps the two models apart."""
-    fused = open_compiled(golden.checkpoint, weight_format, None, ops="fused")
+    """Bit for bit, a prompt and a step; the properties only keep the two models apart."""
+    monkeypatch.setattr(runtime, "chain_operations", lambda model: None)
+    fused = open_compiled(golden.checkpoint, weight_format, None, ops="fused", properties=AnyProperties())
     monkeypatch.setattr(runtime, "fuse_norms", lambda model: None)
     apart = open_compiled(golden.checkpoint, weight_format, None, ops="fused", properties=AnyProperties())
     assert types(apart)["Norm"] == 2 * apart.config.num_layers + 1
     prompt = golden_prompt(golden, "p5", fused)
     seen = [teacher_forced(model.create_request(), prompt, np.full((prompt.rows, 2), 7)) for model in (fused, apart)]
+    for one, two in zip(*seen, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@formats
+@each_small
+def test_the_layers_are_one_operation(golden, weight_format, open_compiled: Opener, monkeypatch: pytest.MonkeyPatch):
+    """Which gives, bit for bit, what its steps give one by one: rows of unequal length, prompt and steps."""
+    chained = open_compiled(golden.checkpoint, weight_format, None, ops="fused")
+    count = types(chained)
+    assert (count["Chain"], count["FullyConnected"], count["Norm"], count["MultiHeadAttention"]) == (1, 1, 0, 0)
+    monkeypatch.setattr(runtime, "chain_operations", lambda model: None)
+    apart = open_compiled(golden.checkpoint, weight_format, None, ops="fused", properties=AnyProperties())
+    assert types(apart)["Chain"] == 0
+    prompt, tokens = golden_prompt(golden, "batch", chained), golden["batch_dec_tokens"]
+    seen = [teacher_forced(model.create_request(), prompt, tokens) for model in (chained, apart)]
     for one, two in zip(*seen, strict=True):
         np.testing.assert_array_equal(one, two)
 
@@ -95,7 +107,7 @@ def test_nothing_lies_between_the_operations(golden, weight_format, open_compile
     moved = [node for node in nodes if node.get_rt_info()["layerType"].value in ("Reorder", "Broadcast")]
     # The numbers that empty states are made of.
     assert all(np.prod(node.output(0).get_partial_shape().get_max_shape()) <= 4 for node in moved)
-    ours = ("FullyConnected", "Norm", "MultiHeadAttention", "CacheTable")
+    ours = ("Chain", "FullyConnected", "CacheTable")
     assert kinds["Reference"] == sum(types(model)[name] for name in ours)
     assert kinds["MemoryInput"] == model.config.num_layers + 1
     assert kinds["MemoryOutput"] == 1

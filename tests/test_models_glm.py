@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,16 @@ IDS = torch.randint(2, TINY["vocab_size"], (1, 100), generator=torch.Generator()
 def converted(checkpoint: Path, output: Path, ops: str, **options) -> OVChatGLMForCausalLM:
     convert(checkpoint, output, ("f32",), ops, progress=False, **options)
     return OVChatGLMForCausalLM.from_pretrained(output, "f32", "f32")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_run_as_few_operations(kind, tmp_path):
+    """`glm4` adds what its norms give behind a sub-layer, which is an operation of OpenVINO's."""
+    ours = converted(saved(reference(kind), tmp_path / "checkpoint"), tmp_path / "fused", "fused")
+    count = Counter(node.get_type_name() for node in ours.compiled.model.get_ops())
+    layers = ours.config.num_hidden_layers
+    assert count["Chain"] == (2 * layers if kind == "glm4" else 1)
+    assert (count["FullyConnected"], count["MultiHeadAttention"]) == (1, 0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

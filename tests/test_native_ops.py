@@ -220,6 +220,61 @@ def test_a_norm_that_does_not_fit_is_refused(factory):
             factory.create("FullyConnected", [*inputs, *more], attributes | {"norm": wrong})
 
 
+# Chain
+
+
+def test_a_chain_runs_its_steps(core, factory):
+    """Two norms and a layer behind them, one of whose inputs is the result of the first step, in turns with the same
+    operations apart, for numbers of rows that go up and down."""
+    rng = np.random.default_rng(5)
+    layout, payload, _ = packed_int8(rng, 40, 40)
+    weights = [opset.constant(rng.standard_normal(40).astype(np.float32)) for _ in range(2)]
+    weights.append(opset.constant(payload))
+    attributes = weight_attributes(layout) | {"y_features": 40, "residual": 1, "residual_scale": 0.5}
+    x = parameter([-1, -1, 40])
+    first = factory.create("Norm", [x.output(0), weights[0].output(0)], {"kind": "rms", "eps": 1e-5})
+    second = factory.create("Norm", [first.output(0), weights[1].output(0)], {"kind": "rms", "eps": 1e-3})
+    inputs = [second.output(0), weights[2].output(0), first.output(0)]
+    third = factory.create("FullyConnected", inputs, attributes)
+
+    def step(node, *sources):
+        words = [node.get_type_name(), *sources]
+        return " ".join([*words, *(f"{name}={value}" for name, value in node.get_attributes().items())])
+
+    steps = [step(first, "0", "1"), step(second, "@0", "2"), step(third, "@1", "3", "@0")]
+    chain = factory.create("Chain", [i.output(0) for i in (x, *weights)], {"steps": steps, "results": [0, 2]})
+    apart = compiled(core, [first.output(0), third.output(0)], [x])
+    chained = compiled(core, [chain.output(0), chain.output(1)], [x])
+    for rows in (3, 1, 20, 2):
+        values = rng.standard_normal((2, rows, 40)).astype(np.float32)
+        for one, two in zip(chained([values]).values(), apart([values]).values(), strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("steps", "results", "message"),
+    [
+        (["Nothing 0"], [0], "step 'Nothing', wanted FullyConnected, MultiHeadAttention or Norm"),
+        (["Norm 0 1 kind=rms"], [0], "no attribute eps"),
+        (["{norm} 1 0"], [0], "wanted input 0 in the first step"),
+        (["{norm} 0 1", "{norm} 0 1"], [0], "wanted input 0 in the first step and a result in others"),
+        (["{norm} 0 1", "{norm} @1 1"], [1], "step 1 reads the result 1"),
+        (["{norm} 0 1"], [], "no results"),
+        (["{norm} 0 1"], [1], "result 1 of 1"),
+        (["{norm} 0 2"], [0], "2 inputs, wanted 3"),
+    ],
+)
+def test_a_chain_that_cannot_run_is_refused(factory, steps, results, message):
+    inputs = [parameter([-1, -1, 40]).output(0), opset.constant(np.ones(40, np.float32)).output(0)]
+    attributes = f" kind=rms eps=1e-5 packing_version={native().PACKING_VERSION}"
+    lines = [line.replace("{norm}", "Norm") + attributes if "{norm}" in line else line for line in steps]
+    with pytest.raises(RuntimeError, match=message):
+        factory.create("Chain", inputs, {"steps": lines, "results": results})
+
+
+# Embedding
+
+
 def test_embedding_reads_rows_of_a_packed_weight(core, factory):
     layout, payload, weight = packed_int8(np.random.default_rng(1), 50, 24)
     ids = parameter([-1, -1], np.int32)

@@ -57,8 +57,8 @@ void prepare(const PackedLayout& layout, int64_t rows, int, const float* x, int6
 
 // Adds the products of some lines to the sums [row][panel][16] of a tile.
 template <typename Format, int kRows, int kPanels>
-[[gnu::noinline]] void multiply_tile(const uint8_t* weight, int64_t panel_bytes, int64_t lines, const uint32_t* x,
-                                     float* sums) {
+[[gnu::noinline]] void multiply_tile(const uint8_t* weight, int64_t panel_bytes, int64_t lines,
+                                     int64_t lines_behind, const uint32_t* x, float* sums) {
     Floats sum[kRows][kPanels];
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
@@ -66,6 +66,7 @@ template <typename Format, int kRows, int kPanels>
         for (int p = 0; p < kPanels; ++p) sum[r][p] = load(sums + (r * kPanels + p) * kPanel);
     }
     do {
+        const int64_t far = far_ahead(lines + lines_behind, kPanels, panel_bytes);
 #pragma GCC unroll 2
         for (int part = 0; part < Format::kParts; ++part) {
             Floats w[kPanels];
@@ -73,7 +74,7 @@ template <typename Format, int kRows, int kPanels>
             for (int p = 0; p < kPanels; ++p) {
                 const uint8_t* line = weight + p * panel_bytes;
                 w[p] = Format::part(line, part);
-                if (part == 0) prefetch_weights(line);
+                if (part == 0) prefetch_weights(line, far);
             }
 #pragma GCC unroll 12
             for (int r = 0; r < kRows; ++r) {
@@ -110,8 +111,9 @@ void multiply_panels(const FullyConnectedTask& task, int64_t panel) {
             with_rows<kRows>(task.rows - row, [&](auto rows) {
                 const auto* x = static_cast<const uint32_t*>(task.prepared) + row * lines * Format::kParts +
                                 line * Format::kParts * rows;
-                multiply_tile<Format, rows, kPanels>(weight, panel_bytes, std::min<int64_t>(kBlockLines, lines - line),
-                                                     x, sums + row * kStride);
+                const int64_t count = std::min<int64_t>(kBlockLines, lines - line);
+                multiply_tile<Format, rows, kPanels>(weight, panel_bytes, count, lines - line - count, x,
+                                                     sums + row * kStride);
             });
         }
     }

@@ -27,6 +27,7 @@ public:
 
     void validate_and_infer_types() override;
     bool visit_attributes(ov::AttributeVisitor& visitor) override;
+    int64_t output_features(int64_t) const override { return y_features_; }
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
 };
 

@@ -6,12 +6,8 @@
 namespace chatglm {
 namespace {
 
-// Pieces of the output features a thread takes: enough to even out disturbances, few enough that one is long
-// against the start of a task. With many rows a piece is long anyway, and each reads all of what is prepared: fewer.
-int64_t pieces_per_thread(int64_t rows) {
-    constexpr int64_t kFewRows = 16;
-    return rows <= kFewRows ? 8 : 4;
-}
+// What the kernels take side by side at most; even, for gates.
+constexpr int64_t kPanelsAtATime = 4;
 
 void run_rows(const KernelTable& table, const FullyConnectedCall& call, int64_t begin, int64_t rows) {
     static thread_local Scratch scratch, normed;
@@ -32,9 +28,8 @@ void run_rows(const KernelTable& table, const FullyConnectedCall& call, int64_t 
     if (task.epilogue.residual != nullptr) {
         task.epilogue.residual += begin * task.epilogue.residual_stride;
     }
-    const int64_t step = call.epilogue.activation == Activation::silu_gate ? 2 : 1;
-    parallel_pieces(call.layout.panels(), 2 * step, pieces_per_thread(rows),
-                    [&](int64_t first, int64_t last) { kernel.multiply(task, first, last); });
+    parallel_shrinking_pieces(call.layout.panels(), kPanelsAtATime,
+                              [&](int64_t first, int64_t last) { kernel.multiply(task, first, last); });
 }
 
 }  // namespace

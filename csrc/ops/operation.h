@@ -18,6 +18,9 @@ public:
 
     bool has_evaluate() const override { return true; }
 
+    // Last dimension of the output, whose others are those of input 0: asked of the operations that Chain runs.
+    virtual int64_t output_features(int64_t input_features) const { return input_features; }
+
     bool visit_attributes(ov::AttributeVisitor& visitor) override {
         visitor.on_attribute("packing_version", packing_version_);
         return true;

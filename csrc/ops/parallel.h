@@ -5,6 +5,7 @@
 #include <tbb/task_arena.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 namespace chatglm {
@@ -33,6 +34,27 @@ void parallel_pieces(int64_t count, int64_t step, int64_t pieces_per_thread, con
             }
         },
         tbb::simple_partitioner{});
+}
+
+// Calls body(begin, end) for pieces of [0, count) that start at multiples of `step`, the long ones first: a thread takes
+// half of its part of what is left. So the threads end within about one step of each other, whatever disturbs them, and
+// most of the time read long pieces.
+template <typename Body>
+void parallel_shrinking_pieces(int64_t count, int64_t step, const Body& body) {
+    const int64_t steps = (count + step - 1) / step;
+    const int64_t threads = thread_count();
+    if (threads == 1 || steps <= 1) {
+        if (count > 0) body(int64_t{0}, count);
+        return;
+    }
+    std::atomic<int64_t> next{0};
+    const auto take = [&](int) {
+        for (int64_t begin = next; begin < steps; begin = next) {
+            const int64_t end = begin + std::max<int64_t>(1, (steps - begin) / (2 * threads));
+            if (next.compare_exchange_strong(begin, end)) body(begin * step, std::min(end * step, count));
+        }
+    };
+    tbb::parallel_for(0, static_cast<int>(std::min(threads, steps)), take, tbb::simple_partitioner{});
 }
 
 }  // namespace chatglm

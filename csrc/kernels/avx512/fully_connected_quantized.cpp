@@ -202,6 +202,7 @@ struct Int4 {
 // One group of columns of a tile: where its parts lie.
 struct GroupOfTile {
     int64_t columns;
+    int64_t lines_behind;   // of each panel, after the group
     const uint8_t* weight;  // of the first panel
     int64_t panel_bytes;
     const int8_t* codes;
@@ -216,13 +217,15 @@ using TileSums = Ints[kRows][kPlanes][kPanels];
 // A line of codes of each panel. Loaded once, whatever is taken out of it: the compiler would load it again for the
 // other nibbles.
 template <int kPanels>
-[[gnu::always_inline]] inline void load_lines(__m512i (&lines)[kPanels], const uint8_t* weight, int64_t panel_bytes) {
+[[gnu::always_inline]] inline void load_lines(__m512i (&lines)[kPanels], const uint8_t* weight, int64_t panel_bytes,
+                                                     int64_t lines_left) {
+    const int64_t far = far_ahead(lines_left, kPanels, panel_bytes);
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
         const uint8_t* line = weight + p * panel_bytes;
         lines[p] = _mm512_loadu_si512(line);
         asm volatile("" : "+v"(lines[p]));
-        prefetch_weights(line);
+        prefetch_weights(line, far);
     }
 }
 
@@ -283,7 +286,7 @@ template <typename Format, int kRows, int kPanels, int kPlanes>
     int64_t steps = group.columns / Format::kStep;
     do {
         __m512i lines[kPanels];
-        load_lines(lines, weight, group.panel_bytes);
+        load_lines(lines, weight, group.panel_bytes, steps + group.lines_behind);
 #pragma GCC unroll 2
         for (int part = 0; part < Format::kStep / 4; ++part) {
             add_products<Format, kRows, kPanels, kPlanes>(sums, lines, codes, part);
@@ -304,6 +307,7 @@ template <typename Format, int kRows, int kPanels, int kPlanes>
 [[gnu::noinline]] void multiply_tile(const Weight& weight, const Prepared& x, const BlockOfTile& at, float* sums) {
     const int64_t start = at.block * kActivationBlock;
     GroupOfTile group{Format::group_columns(weight, at.columns),
+                      weight.panel_bytes / kLineBytes - start / Format::kStep,
                       weight.codes + at.panel * weight.panel_bytes + start / Format::kStep * kLineBytes,
                       weight.panel_bytes,
                       x.tile(at.block, at.row, at.columns),
@@ -316,6 +320,7 @@ template <typename Format, int kRows, int kPanels, int kPlanes>
         for (int p = 0; p < kPanels; ++p) factors[p].load(weight, at.panel + p, index);
         if constexpr (kPanels == kFewRowsPanels) Format::Group::prefetch(weight, at.panel + kPanels, index, kPanels);
         group.corrections = x.correction(index, at.row);
+        group.lines_behind -= group.columns / Format::kStep;
         multiply_group<Format, kRows, kPanels, kPlanes>(group, factors, sums);
         group.weight += group.columns / Format::kStep * kLineBytes;
         group.codes += group.columns * kRows * kPlanes;

@@ -1,0 +1,35 @@
+// Operations that follow one another, as one operation.
+#pragma once
+
+#include "ops/operation.h"
+
+namespace chatglm {
+
+struct ChainProgram;
+
+struct ChainAttributes {
+    std::vector<std::string> steps_;
+    std::vector<int64_t> results_;
+    std::shared_ptr<const ChainProgram> program_;
+};
+
+// OpenVINO asks an operation of another library for its shapes at every call, by a copy of it made from scratch: what
+// lies between two operations costs tens of microseconds once a pass over gigabytes of weights has emptied the caches.
+// A chain is asked once.
+//
+// A step is "Type source source ... name=value name=value ...": its operation (FullyConnected, MultiHeadAttention in
+// place or Norm), where its inputs come from ("3": input 3 of the chain; "@3": the result of step 3), and its
+// attributes. The first source of the first step is input 0, that of every other one is a result: so all results have
+// the leading dimensions of input 0, and the last one of their operation.
+// Inputs: those that the steps name. Outputs: the results of the steps `results`, float32.
+class Chain : public Cloned<Chain, ChainAttributes> {
+public:
+    OPENVINO_OP("Chain", "chatglm", Operation);
+    using Cloned::Cloned;
+
+    void validate_and_infer_types() override;
+    bool visit_attributes(ov::AttributeVisitor& visitor) override;
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
+};
+
+}  // namespace chatglm
