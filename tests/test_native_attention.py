@@ -23,7 +23,7 @@ BF16_U = 2.0**-8
 TINY = 2.0**-126
 BLOCK = 32
 STEP = 256  # slots between two changes of a row's maximum
-LEVELS = ("avx2", "avx512", "amx", "amx_emulated")  # avx512_bf16 has the functions of avx512
+LEVELS = ("avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 TYPES = ("f32", "bf16", "int8")
 STORED = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "int8": np.int8}
 HEAD_DIMS = (128, 64, 80, 16, 8, 20, 7)
@@ -119,6 +119,10 @@ def attend(isa, cache, query, visible, begin=0, end=None):
     return native().attend(isa, cache.type, cache.head_dim, query, visible, cache.blocks, begin, end)
 
 
+def multiplies_in_bf16(isa, cache_type):
+    return cache_type == "bf16" and isa in ("avx512_bf16", "amx", "amx_emulated")
+
+
 def check(isa, cache, query, visible, begin=0, end=None):
     """A score is a chain of D' multiply-adds (and int8's scale): off by B = (D' + 2) u sum |q| |k|. p = exp(score -
     max) is off, relatively, by B, by the rounding of its argument, |score - max| u, by a unit in the last place (2 u)
@@ -126,10 +130,10 @@ def check(isa, cache, query, visible, begin=0, end=None):
     to the max that is returned. Its sum adds up in at most 32 + 4 + steps roundings, the context in a chain over the
     slots. p below the smallest normal number is 0.
 
-    With tiles of bf16, queries are two bf16 numbers and p is one.
+    Where a bf16 cache is multiplied in bf16, queries are two bf16 numbers and p is one.
     """
     rows, head_dim = query.shape
-    tiles = isa.startswith("amx") and cache.type == "bf16"
+    in_bf16 = multiplies_in_bf16(isa, cache.type)
     end = cache.slots if end is None else end
     visible = np.broadcast_to(visible, rows)
     context, peak, total = attend(isa, cache, query, visible, begin, end)
@@ -143,12 +147,12 @@ def check(isa, cache, query, visible, begin=0, end=None):
         k, v = cache.keys[begin : begin + n], cache.values[begin : begin + n]
         scores, steps = k @ q, -(-n // STEP)
         padded = -(-head_dim // 16) * 16
-        bound = np.abs(k) @ np.abs(q) * ((padded + 2) * U if not tiles else BF16_U**2 + (2 * padded + 4) * U)
+        bound = np.abs(k) @ np.abs(q) * ((padded + 2) * U if not in_bf16 else BF16_U**2 + (2 * padded + 4) * U)
         assert abs(peak[row] - scores.max()) <= bound.max()
         below = np.abs(scores - peak[row]) + bound
-        relative = np.expm1(bound + below * U + (3 + 3 * steps) * U + (BF16_U if tiles else 0))
+        relative = np.expm1(bound + below * U + (3 + 3 * steps) * U + (BF16_U if in_bf16 else 0))
         p = np.exp(scores - peak[row])
-        assert abs(total[row] - p.sum()) <= p @ (relative + (36 + steps + (n if tiles else 0)) * U) + n * TINY
+        assert abs(total[row] - p.sum()) <= p @ (relative + (36 + steps + (n if in_bf16 else 0)) * U) + n * TINY
         error = (p * (relative + (n + 2) * U)) @ np.abs(v) + TINY * np.abs(v).sum(axis=0)
         assert (np.abs(context[row] - p @ v) <= error).all()
 
@@ -334,7 +338,7 @@ def test_a_row_does_not_depend_on_the_others(isa, cache_type, head_dim):
     together = attend(isa, cache, query, visible)
     for rows in (slice(0, 1), slice(3, 4), slice(2, 9), slice(9, 16), slice(0, 15)):
         if isa.startswith("amx") and cache_type == "bf16" and rows.stop - rows.start < 8:
-            continue  # its few rows go to the kernel of avx512, which rounds otherwise
+            continue  # its few rows go to the kernel of avx512_bf16, which rounds otherwise
         for whole, part in zip(together, attend(isa, cache, query[rows].copy(), visible[rows]), strict=True):
             np.testing.assert_array_equal(part, whole[rows])
 
@@ -397,10 +401,10 @@ def test_merged_ranges_are_one_range(isa, cache_type):
         scores = k @ q
         p = np.exp(scores - scores.max())
         context, peak, total = folded(isa, [[part[i][row] for i in range(3)] for part in parts])
-        tiles = isa.startswith("amx") and cache_type == "bf16"
-        bound = np.abs(k) @ np.abs(q) * (66 * U if not tiles else BF16_U**2 + 132 * U)
+        in_bf16 = multiplies_in_bf16(isa, cache_type)
+        bound = np.abs(k) @ np.abs(q) * (66 * U if not in_bf16 else BF16_U**2 + 132 * U)
         assert abs(peak - scores.max()) <= bound.max()
-        roundings = (n + 40 + 6 * len(cuts) + 2 * np.ptp(scores)) * U + (BF16_U if tiles else 0)
+        roundings = (n + 40 + 6 * len(cuts) + 2 * np.ptp(scores)) * U + (BF16_U if in_bf16 else 0)
         error = np.expm1(2 * (bound.max() + roundings)) * (p @ np.abs(v)) / p.sum()
         assert (np.abs(context / total - p @ v / p.sum()) <= error).all()
 

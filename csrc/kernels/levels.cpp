@@ -47,6 +47,7 @@ const KernelTable& table() {
         KernelTable level = avx512::table();
         level.isa = Isa::avx512_bf16;
         level.fully_connected[static_cast<int>(WeightFormat::bf16)] = fully_connected_bf16();
+        level.attention = attention();
         level.limit = limit();
         return level;
     }();

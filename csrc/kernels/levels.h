@@ -24,6 +24,7 @@ LimitKernel limit();
 namespace avx512_bf16 {
 const KernelTable& table();
 FullyConnectedKernel fully_connected_bf16();
+AttentionKernel attention();
 LimitKernel limit();
 }  // namespace avx512_bf16
 
