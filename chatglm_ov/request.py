@@ -124,7 +124,8 @@ class Request:
         self.cache.prepare(inputs["attention_mask"] != 0, continued)
         try:
             # Copied in: the plugin keeps pointers to shared inputs, and a later request writes its own through them.
-            self.infer_request.infer(inputs)
+            # What comes out is copied once, below.
+            self.infer_request.infer(inputs, share_outputs=True)
             self.rows, new = inputs["input_ids"].shape
             self.past_length += new
             self._columns = columns

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
 from command_line import Run, run  # noqa: F401
 from golden_cases import V1, V2, own_prompt, stored_weights, write_checkpoint
@@ -22,9 +23,10 @@ from chatglm_ov.config import load_config
 from chatglm_ov.models import architecture
 from chatglm_ov.native import native
 from chatglm_ov.plan import make_plan
-from chatglm_ov.runtime import load_model
+from chatglm_ov.runtime import load_model, read_ir
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
 from chatglm_ov.weights.formats import FORMATS, GROUP_SIZES, WeightFormat, int4_format
+from chatglm_ov.weights.ir import IR_NAME
 
 DOWN = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
 IDS = np.array([[5, 6, 7, 8, 9, 10, 11]])
@@ -44,6 +46,10 @@ def test_group_size(group):
     data, zero_point, scale = fmt.encode(np.ones((2, 512), np.float32))
     assert data.shape == (2, 512 // group, group) and zero_point.shape == scale.shape == (2, 512 // group, 1)
     np.testing.assert_allclose(fmt.decode((data, zero_point, scale)), 1, rtol=2**-10)
+
+
+def stored_graph(folder: Path) -> ov.Model:
+    return read_ir(folder / IR_NAME)
 
 
 def dequantized(fmt: WeightFormat, weight: np.ndarray) -> np.ndarray:
@@ -73,7 +79,7 @@ def test_mixed_model_is_the_f32_model_of_its_weights(ops, tmp_path: Path):
     logits = [own_prompt(IDS, model).feed(model.create_request()) for model in models]
     tolerance = 1e-4 if ops == "stock" else 6 * 2**-9
     np.testing.assert_allclose(*logits, rtol=0, atol=tolerance * np.abs(logits[1]).max())
-    told = weight_parts(models[0].model, config)
+    told = weight_parts(stored_graph(tmp_path / "mixed" / "int4"), config)
     assert told["lm_head"]["formats"] == {"bf16": 1} and told["embedding"]["formats"] == {"f32": 1}
     # 344 columns of the last layer are no multiple of 32.
     assert told["mlp"]["formats"] == {"bf16": 2, "int8": 2, "int4 in groups of 32": 2}
@@ -86,7 +92,7 @@ def test_plan_and_parts_are_what_is_stored(ops, tmp_path: Path):
     with Checkpoint.open(V2.checkpoint) as weights:
         plan = make_plan(config, weights, ("int4",), ops, MIXED)
     convert(V2.checkpoint, tmp_path / "out", ("int4",), ops, choices=MIXED, progress=False)
-    model = load_model(tmp_path / "out").model
+    model = stored_graph(tmp_path / "out" / "int4")
     stored = sum(part["bytes"] for part in weight_parts(model, config).values())
     # Features are filled up to panels of 16, in both halves of a gated layer; small constants come on top.
     assert stored == pytest.approx(plan.disk_bytes, rel=0.02)
@@ -112,7 +118,7 @@ def test_tied_head_in_any_format_is_the_embedding_too(ops, fmt, tmp_path: Path):
     logits = [own_prompt(ids, model).feed(model.create_request()) for model in models]
     tolerance = 1e-4 if ops == "stock" else 6 * 2**-9
     np.testing.assert_allclose(*logits, rtol=0, atol=tolerance * np.abs(logits[1]).max())
-    assert "embedding" not in weight_parts(models[0].model, models[0].config)
+    assert "embedding" not in weight_parts(stored_graph(tmp_path / "out" / "int8"), models[0].config)
 
 
 @pytest.mark.parametrize("outliers", [0, 3])
