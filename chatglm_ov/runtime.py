@@ -20,6 +20,7 @@ from chatglm_ov.chains import chain_operations
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.fuse_norms import fuse_norms
+from chatglm_ov.huge_pages import advise_huge_pages
 from chatglm_ov.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, KVCache, PluginCache
 from chatglm_ov.models import architecture
 from chatglm_ov.native import library_path, native, unavailable
@@ -111,6 +112,7 @@ def load_model(
         raise ChatGLMError(folder, "weight_format", repr(weight_format), f"one of {weight_formats(folder)}")
     model = read_ir(path)
     ops = model.get_rt_info(["chatglm_ov", "ops"]).astype(str)
+    advise_huge_pages(model, path.with_suffix(".bin").stat().st_size)
     own = _fused_properties if ops == "fused" else _stock_properties
     compiled = _compile(model, device, {**own(model, settings, device), **(properties or {})})
     prefix = TrainedPrefix.load(folder, config)

@@ -1,0 +1,38 @@
+"""Asks Linux to read mapped weights in huge pages.
+
+A weights file that is not in memory yet then comes in pieces of 2 MB, each one entry of the page tables, instead of a
+few dozen kilobytes at a time. What is in memory already stays as it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import openvino as ov
+
+LEAST_BYTES = 2 << 20
+"""Constants that are smaller fill no huge page."""
+
+
+def advise_huge_pages(model: ov.Model, file_bytes: int) -> bool:
+    """Give the advice for the constants of `model`, which lie in one mapped file of this size. Returns whether the
+    system took it; elsewhere nothing is changed."""
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is None:
+        return False
+    places = [
+        (node.data.ctypes.data, node.get_byte_size())
+        for node in model.get_ops()
+        if node.get_type_name() == "Constant" and node.get_byte_size() >= LEAST_BYTES
+    ]
+    if not places:
+        return False
+    begin = min(start for start, _ in places) // mmap.PAGESIZE * mmap.PAGESIZE
+    end = max(start + size for start, size in places)
+    # Further apart than the file is long: they lie in memory of their own.
+    if end - begin > file_bytes:
+        return False
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return advise(begin, end - begin, advice) == 0

@@ -1,0 +1,52 @@
+"""Advice to the system about mapped weights."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import openvino.opset15 as ops
+import pytest
+
+from chatglm_ov.huge_pages import LEAST_BYTES, advise_huge_pages
+
+linux = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no MADV_HUGEPAGE")
+
+
+def model_of(*sizes: int) -> ov.Model:
+    constants = [ops.constant(np.full(size, i, np.uint8)) for i, size in enumerate(sizes)]
+    return ov.Model([ops.result(constant) for constant in constants], [], "constants")
+
+
+def flags(file: Path) -> list[str]:
+    """Flags of the memory that is mapped from the file, by its pieces."""
+    pieces, found, ours = Path("/proc/self/smaps").read_text().splitlines(), [], False
+    for line in pieces:
+        if line.endswith(file.name) and " r" in line:
+            ours = str(file) in line
+        elif line.startswith("VmFlags:") and ours:
+            found.append(line)
+            ours = False
+    return found
+
+
+@linux
+def test_mapped_weights_are_advised(tmp_path: Path):
+    ov.save_model(model_of(2 * LEAST_BYTES, 100, 3 * LEAST_BYTES), tmp_path / "model.xml", compress_to_fp16=False)
+    file = tmp_path / "model.bin"
+    model = ov.Core().read_model(tmp_path / "model.xml")
+    assert flags(file) and not any(" hg" in line for line in flags(file))
+    if not advise_huge_pages(model, file.stat().st_size):
+        pytest.skip("this kernel has no huge pages")
+    assert any(" hg" in line for line in flags(file))
+
+
+def test_small_weights_are_left_alone():
+    assert not advise_huge_pages(model_of(100, 200), 300)
+
+
+def test_weights_in_memory_of_their_own_are_left_alone():
+    """Two constants cannot lie in a file that is smaller than one."""
+    assert not advise_huge_pages(model_of(LEAST_BYTES, LEAST_BYTES), LEAST_BYTES - 1)
