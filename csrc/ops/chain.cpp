@@ -115,9 +115,8 @@ void ChainProgram::add_step(const std::string& line) {
         if (!is_step) inputs = std::max(inputs, index + 1);
         step.sources.push_back({is_step, index});
     }
-    OPENVINO_ASSERT(!step.sources.empty() && (steps.empty() ? word != type && !step.sources[0].is_step &&
-                                                                  step.sources[0].index == 0
-                                                            : step.sources[0].is_step),
+    const auto reads_rows = [&](const Source& x) { return steps.empty() ? !x.is_step && x.index == 0 : x.is_step; };
+    OPENVINO_ASSERT(!step.sources.empty() && reads_rows(step.sources[0]),
                     "Chain: first source of '", line, "', wanted input 0 in the first step and a result in others");
     TextAttributes visitor(std::move(attributes));
     step.operation->visit_attributes(visitor);

@@ -60,6 +60,7 @@ private:
         static thread_local Scratch memory;
         return memory;
     }
+
     void add_keys(int64_t first, int64_t blocks) {
         for (int64_t block = first; block < first + blocks; block += 2) {
             // A block without a partner is multiplied twice.
