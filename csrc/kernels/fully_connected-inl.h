@@ -64,23 +64,14 @@ inline float quantize_block(const float* x, int64_t count, int64_t columns, int 
     return scale;
 }
 
-// How far ahead of where a stream of weights is read, measured.
-constexpr int kNearBytes = 384, kFarBytes = 2560;
+// How far ahead of where a stream of weights is read it is prefetched into the first-level cache, measured: each line
+// holds a miss buffer until it comes, and those run out from 512 bytes on.
+constexpr int kNearBytes = 384;
 
-// Prefetches the weights of a stream that is read at `line`, over the ends of pages too: near by into the first-level
-// cache, where each line holds a miss buffer until it comes and those run out from 512 bytes on, and `far` ahead into
-// the second level. The processor's own prefetcher does not run ahead of kernels with many
-// operations a line, which fill its queues with what waits for the line.
+// Further ahead the processor's own prefetcher brings the streams.
 // Inlined at once: a call of a function that only prefetches is removed by GCC 12 as one without effect.
-[[gnu::always_inline]] inline void prefetch_weights(const uint8_t* line, int64_t far) {
+[[gnu::always_inline]] inline void prefetch_near(const uint8_t* line) {
     _mm_prefetch(line + kNearBytes, _MM_HINT_T0);
-    _mm_prefetch(line + far, _MM_HINT_T1);
-}
-
-// How far ahead `prefetch_weights` goes from a line of a panel that is one of `panels` side by side, with so many lines
-// of the panel left: behind its end comes the panel that is read after all of these.
-[[gnu::always_inline]] inline int64_t far_ahead(int64_t lines_left, int panels, int64_t panel_bytes) {
-    return lines_left > kFarBytes / 64 ? kFarBytes : kFarBytes + (panels - 1) * panel_bytes;
 }
 
 // Calls tile(std::integral_constant<int, rows>()), with rows in 1..kMost.

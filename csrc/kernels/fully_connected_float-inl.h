@@ -57,8 +57,8 @@ void prepare(const PackedLayout& layout, int64_t rows, int, const float* x, int6
 
 // Adds the products of some lines to the sums [row][panel][16] of a tile.
 template <typename Format, int kRows, int kPanels>
-[[gnu::noinline]] void multiply_tile(const uint8_t* weight, int64_t panel_bytes, int64_t lines,
-                                     int64_t lines_behind, const uint32_t* x, float* sums) {
+[[gnu::noinline]] void multiply_tile(const uint8_t* weight, int64_t panel_bytes, int64_t lines, const uint32_t* x,
+                                     float* sums) {
     Floats sum[kRows][kPanels];
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
@@ -66,7 +66,6 @@ template <typename Format, int kRows, int kPanels>
         for (int p = 0; p < kPanels; ++p) sum[r][p] = load(sums + (r * kPanels + p) * kPanel);
     }
     do {
-        const int64_t far = far_ahead(lines + lines_behind, kPanels, panel_bytes);
 #pragma GCC unroll 2
         for (int part = 0; part < Format::kParts; ++part) {
             Floats w[kPanels];
@@ -74,7 +73,7 @@ template <typename Format, int kRows, int kPanels>
             for (int p = 0; p < kPanels; ++p) {
                 const uint8_t* line = weight + p * panel_bytes;
                 w[p] = Format::part(line, part);
-                if (part == 0) prefetch_weights(line, far);
+                if (part == 0) prefetch_near(line);
             }
 #pragma GCC unroll 12
             for (int r = 0; r < kRows; ++r) {
@@ -112,8 +111,7 @@ void multiply_panels(const FullyConnectedTask& task, int64_t panel) {
                 const auto* x = static_cast<const uint32_t*>(task.prepared) + row * lines * Format::kParts +
                                 line * Format::kParts * rows;
                 const int64_t count = std::min<int64_t>(kBlockLines, lines - line);
-                multiply_tile<Format, rows, kPanels>(weight, panel_bytes, count, lines - line - count, x,
-                                                     sums + row * kStride);
+                multiply_tile<Format, rows, kPanels>(weight, panel_bytes, count, x, sums + row * kStride);
             });
         }
     }
