@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 import sys
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -120,10 +121,11 @@ def check_decode(case: dict[str, Any], weight_bytes: int, limits: dict[str, Any]
     assert decode["bytes_per_second"] == pytest.approx(decode["bytes"] / seconds)
     if limits is not None:
         beside = decode["limit_samples"]
-        assert len(beside) == 2 and min(beside) > 1e8
-        shares = [decode["bytes"] / (s * read) for s, read in zip(decode["seconds"]["samples"], beside, strict=True)]
+        assert [len(reads) for reads in beside] == [4, 4] and min(map(min, beside)) > 1e8
+        reads, steps = (list(chain.from_iterable(rounds)) for rounds in (beside, decode["seconds"]["steps"]))
+        shares = [decode["bytes"] / (step * read) for step, read in zip(steps, reads, strict=True)]
         assert decode["share"] == pytest.approx(median(shares))
-        assert decode["limit_bytes_per_second"] == median(beside)
+        assert decode["limit_bytes_per_second"] == median(reads)
 
 
 @without_library

@@ -159,7 +159,9 @@ def small_config() -> ArchitectureConfig:
     return parse_config(V3)
 
 
-def record(variant: Variant, prompt: list[float], steps: list[list[float]], read: list[float] | None = None) -> Record:
+def record(
+    variant: Variant, prompt: list[float], steps: list[list[float]], read: list[list[float]] | None = None
+) -> Record:
     times = {Case(10, 2): Times(prompt, steps, read or [])}
     return Record(variant, times, 1000, [1.0] * len(prompt), [0] * len(prompt), [0] * len(prompt))
 
@@ -170,7 +172,8 @@ def limits_of(read: list[float]) -> Limits:
 
 def test_medians_of_the_rounds_and_shares_of_the_limits() -> None:
     steps = [[1.0, 3.0, 2.0], [5.0, 5.0, 4.0], [9.0, 9.0, 9.0]]
-    rounds = record(Variant("int8", "fused", 16), [0.2, 0.1, 0.9], steps, [400.0, 250.0, 100.0])
+    read = [[400.0, 400.0, 400.0], [250.0, 250.0, 200.0], [100.0, 100.0, 100.0]]
+    rounds = record(Variant("int8", "fused", 16), [0.2, 0.1, 0.9], steps, read)
     found = format_report(small_config(), [rounds], 3, limits_of([100.0, 500.0, 300.0, 200.0]), [])
     (case,) = found["models"][0]["cases"]
     assert case["prompt"]["seconds"]["median"] == 0.2 and case["decode"]["seconds"]["median"] == 5.0
@@ -178,8 +181,8 @@ def test_medians_of_the_rounds_and_shares_of_the_limits() -> None:
     # 13 to 15 tokens in the cache of 2 rows: 2 layers of 2 heads of 16 in bf16, keys and values.
     assert case["decode"]["bytes"] == 1000 + 2 * 2 * 2 * 16 * 2 * 14 * 2
     assert case["decode"]["limit_bytes_per_second"] == 250.0
-    # 2 s of 400, 5 s of 250, 9 s of 100: the middle one is the third.
-    assert case["decode"]["share"] == case["decode"]["bytes"] / (9.0 * 100.0)
+    # Steps times what was read beside them: 400, 1200, 800; 1250, 1250, 800; 900 three times. The middle one is 900.
+    assert case["decode"]["share"] == case["decode"]["bytes"] / 900.0
     assert case["decode"]["tokens_per_second"] == 0.4
 
 

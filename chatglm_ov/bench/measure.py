@@ -28,6 +28,8 @@ from chatglm_ov.native import unavailable
 from chatglm_ov.runtime import CompiledModel, Request, load_model
 
 WARM_STEPS = 2
+STEPS_AT_ONCE = 4
+"""Steps between two measurements of the read bandwidth."""
 CHUNK = 512
 """Tokens of a call while a long context is filled."""
 
@@ -105,12 +107,12 @@ class Variant:
 
 @dataclass
 class Times:
-    """Of one case, by round: seconds of the whole prompt and of each step, and the read bandwidth beside the steps, the
-    mean of what it was right before and right after them; empty where it cannot be measured."""
+    """Of one case, by round: seconds of the whole prompt and of each step, and the read bandwidth beside each step, the
+    mean of what it was before and after it and its neighbours; no rounds where it cannot be measured."""
 
     prompt: list[float] = field(default_factory=list)
     steps: list[list[float]] = field(default_factory=list)
-    read: list[float] = field(default_factory=list)
+    read: list[list[float]] = field(default_factory=list)
 
 
 @dataclass
@@ -139,14 +141,14 @@ def run_rounds(
 ) -> list[Record]:
     """Every variant has a turn in each round, in an order that is turned round each time; the limits are measured
     before, between and after the rounds, and the read bandwidth, which other users of the machine take their parts of,
-    before and after the steps of each case."""
+    after every few steps."""
     records = [Record(variant, {case: Times() for case in cases}) for variant in variants]
     can_measure = unavailable() is None
-    read = limits.read_bandwidth if can_measure else None
     for i in range(rounds):
         if can_measure:
             limits.take()
         for record in records if i % 2 == 0 else reversed(records):
+            read = limits.reader() if can_measure else None
             take_turn(record, folders[record.variant.ops], steps, threads, read, report)
     if can_measure:
         limits.take()
@@ -190,11 +192,31 @@ def run_case(model: CompiledModel, case: Case, steps: int, times: Times, read: R
         prompt += tokens.feed(request, end, end + length)
         end += length
     times.prompt.append(prompt)
-    before = None if read is None else read()
-    decode = [tokens.feed(request, end + i, end + i + 1) for i in range(WARM_STEPS + steps)]
-    times.steps.append(decode[WARM_STEPS:])
-    if read is not None and before is not None:
-        times.read.append((before + read()) / 2)
+
+    def step(i: int) -> float:
+        return tokens.feed(request, end + i, end + i + 1)
+
+    for i in range(WARM_STEPS):
+        step(i)
+    _run_steps(lambda i: step(WARM_STEPS + i), steps, times, read)
+
+
+def _run_steps(step: Callable[[int], float], steps: int, times: Times, read: ReadBandwidth | None) -> None:
+    """Adds one round of steps to the times."""
+    if read is None:
+        times.steps.append([step(i) for i in range(steps)])
+        return
+    seconds: list[float] = []
+    beside: list[float] = []
+    before = read()
+    for first in range(0, steps, STEPS_AT_ONCE):
+        some = [step(i) for i in range(first, min(first + STEPS_AT_ONCE, steps))]
+        after = read()
+        seconds += some
+        beside += [(before + after) / 2] * len(some)
+        before = after
+    times.steps.append(seconds)
+    times.read.append(beside)
 
 
 class Tokens:

@@ -1,8 +1,8 @@
 """From times to figures: strings, numbers, lists and dicts only, for the JSON file, the tables and the picture.
 
 Everything is in seconds, bytes and operations (2 a multiply-add). A figure of a step is the median of the rounds'
-medians. The share of a prompt is of the median of the peaks that were measured between the same rounds; that of a step
-is the median of the rounds' shares, each of the read bandwidth beside its steps.
+medians. The share of a prompt is of the median of the peaks that were measured between the same rounds; that of the
+steps is the median of all steps' shares, each of the read bandwidth beside that step.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def _decode(config: ArchitectureConfig, record: Record, case: Case, times: Times
     in_cache = cache_bytes(config, record.variant.kv_cache_format, cached, case.batch)
     seconds = summary([median(samples) for samples in times.steps])
     nbytes = record.weight_bytes + in_cache
-    shares = [nbytes / (step * read) for step, read in zip(seconds["samples"], times.read, strict=False)]
+    beside = [read for reads in times.read for read in reads]
+    every_step = [step for steps_of_round in times.steps for step in steps_of_round]
+    shares = [nbytes / (step * read) for step, read in zip(every_step, beside, strict=bool(beside))]
     return {
         "cached_tokens": cached,
         "seconds": seconds | {"steps": times.steps},
@@ -110,7 +112,7 @@ def _decode(config: ArchitectureConfig, record: Record, case: Case, times: Times
         "cache_bytes": in_cache,
         "bytes": nbytes,
         "bytes_per_second": nbytes / seconds["median"],
-        "limit_bytes_per_second": median(times.read) if times.read else None,
+        "limit_bytes_per_second": median(beside) if beside else None,
         "limit_samples": times.read,
         "share": median(shares) if shares else None,
     }
