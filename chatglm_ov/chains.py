@@ -14,7 +14,7 @@ import openvino as ov
 from chatglm_ov.lowering.operations import attributes_of, operation
 from chatglm_ov.native import native
 
-CHAINED = ("FullyConnected", "MultiHeadAttention", "Norm")
+CHAINED = ("FullyConnected", "MultiHeadAttention", "Norm", "LastRows")
 
 
 @dataclass

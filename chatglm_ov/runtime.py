@@ -22,6 +22,7 @@ from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.fuse_norms import fuse_norms
 from chatglm_ov.huge_pages import advise_huge_pages
 from chatglm_ov.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, KVCache, PluginCache
+from chatglm_ov.last_rows import take_last_rows_early
 from chatglm_ov.models import architecture
 from chatglm_ov.native import library_path, native, unavailable
 from chatglm_ov.request import Request
@@ -201,6 +202,7 @@ def _fused_properties(model: ov.Model, settings: Settings, device: str) -> dict[
         for node in model.get_ops():
             if node.get_type_name() == "FullyConnected":
                 node.set_attribute("activation_bits", settings.activation_bits)
+    take_last_rows_early(model)
     fuse_norms(model)
     if in_place.works_in_place():
         chain_operations(model)

@@ -6,6 +6,7 @@
 #include "ops/chain.h"
 #include "ops/embedding.h"
 #include "ops/fully_connected.h"
+#include "ops/last_rows.h"
 #include "ops/multi_head_attention.h"
 #include "ops/norm.h"
 #include "ops/rotary_embedding.h"
@@ -17,5 +18,6 @@ OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({
     std::make_shared<ov::OpExtension<chatglm::RotaryEmbedding>>(),
     std::make_shared<ov::OpExtension<chatglm::CacheTable>>(),
     std::make_shared<ov::OpExtension<chatglm::MultiHeadAttention>>(),
+    std::make_shared<ov::OpExtension<chatglm::LastRows>>(),
     std::make_shared<ov::OpExtension<chatglm::Chain>>(),
 }));

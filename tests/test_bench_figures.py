@@ -84,15 +84,19 @@ def test_operations_of_a_prompt_in_full() -> None:
     config = parse_config(config_json("chatglm3-6b"))
     linear = 28 * (4608 * 4096 + 4096 * 4096 + 27392 * 4096 + 4096 * 13696)
     scores_and_context = 28 * 32 * 2 * (2 * 128) * (512 * 512 // 2)
-    assert prompt_operations(config, 512, 1) == 2 * linear * 512 + 2 * 65024 * 4096 + scores_and_context
-    assert prompt_operations(config, 512, 3) == 3 * prompt_operations(config, 512, 1)
+    whole = 2 * linear * 512 + 2 * 65024 * 4096 + scores_and_context
+    assert prompt_operations(config, 512, 1, "stock") == whole
+    # Behind the last attention one token of 512 is left.
+    left_out = 2 * 511 * (4096 * 4096 + 27392 * 4096 + 4096 * 13696)
+    assert prompt_operations(config, 512, 1, "fused") == whole - left_out
+    assert prompt_operations(config, 512, 3, "fused") == 3 * (whole - left_out)
 
 
 def test_tokens_of_the_first_generation_see_the_whole_prompt() -> None:
     config = parse_config(config_json("chatglm-6b"))
     linear = 28 * (3 * 4096 * 4096 + 4096 * 4096 + 2 * 16384 * 4096)
     # The head is the embedding.
-    assert prompt_operations(config, 8, 1) == 2 * linear * 8 + 2 * 130528 * 4096 + 28 * 32 * 2 * 2 * 128 * 64
+    assert prompt_operations(config, 8, 1, "stock") == 2 * linear * 8 + 2 * 130528 * 4096 + 28 * 32 * 2 * 2 * 128 * 64
 
 
 def test_bytes_of_the_cache() -> None:

@@ -80,7 +80,7 @@ def _prompt(
     config: ArchitectureConfig, variant: Variant, case: Case, times: Times, steps: int, limits: dict[str, float]
 ) -> dict[str, Any]:
     length, peak = case.prompt_tokens(steps), peak_of(variant)
-    operations, seconds = prompt_operations(config, length, case.batch), summary(times.prompt)
+    operations, seconds = prompt_operations(config, length, case.batch, variant.ops), summary(times.prompt)
     rate = operations / seconds["median"]
     most = None if peak is None or peak[1] not in limits else limits[peak[1]] * peak[2]
     return {

@@ -38,14 +38,24 @@ def cache_bytes(config: ArchitectureConfig, element_type: str, tokens: float, ro
     return 2 * config.num_layers * config.num_key_value_heads * head * tokens * rows
 
 
-def prompt_operations(config: ArchitectureConfig, tokens: int, rows: int) -> int:
+PROJECTIONS = (".query_key_value.", ".qkv_proj.")
+"""In the names of the weights before attention; what is behind it in the last layer is for the last rows only."""
+
+
+def prompt_operations(config: ArchitectureConfig, tokens: int, rows: int, ops: str) -> int:
     """Operations (2 a multiply-add) of a prompt of T tokens in B rows: linear layers, the LM head for the last token,
-    scores and context of attention. A token sees those before it, in ChatGLM-6B the whole prompt."""
+    scores and context of attention. A token sees those before it, in ChatGLM-6B the whole prompt. The fused lowering
+    leaves out what only the other tokens' logits would need: that is not counted."""
     module = architecture(config)
     shapes = graph_shapes(config)
     matrices = {name: prod(shape) for name, shape in shapes.items() if len(shape) == 2}
     head = matrices.pop(module.LM_HEAD, matrices[module.EMBEDDING])
     del matrices[module.EMBEDDING]
+    once = head
+    if ops == "fused":
+        last = f".{config.num_layers - 1}."
+        behind = [name for name in matrices if last in name and not any(part in name for part in PROJECTIONS)]
+        once += sum(matrices.pop(name) for name in behind)
     pairs = tokens * tokens if config.architecture == "chatglm" else tokens * tokens // 2
     attention = 4 * pairs * config.num_attention_heads * config.head_dim * config.num_layers
-    return rows * (2 * sum(matrices.values()) * tokens + 2 * head + attention)
+    return rows * (2 * sum(matrices.values()) * tokens + 2 * once + attention)

@@ -7,6 +7,7 @@
 
 #include "kernels/memory.h"
 #include "ops/fully_connected.h"
+#include "ops/last_rows.h"
 #include "ops/multi_head_attention.h"
 #include "ops/norm.h"
 
@@ -35,12 +36,15 @@ struct ChainProgram {
         return found == results.end() ? -1 : found - results.begin();
     }
 
-    // Last dimension of every step's result.
-    std::vector<int64_t> features(int64_t input_features) const {
-        std::vector<int64_t> all;
+    // Shape of every step's result. `number` is asked for inputs of the chain.
+    std::vector<ov::PartialShape> shapes(const ov::PartialShape& input, const KnownNumber& number) const {
+        std::vector<ov::PartialShape> all;
         for (const Step& step : steps) {
-            const int64_t x = step.sources[0].is_step ? all[step.sources[0].index] : input_features;
-            all.push_back(step.operation->output_features(x));
+            const auto number_of_step = [&](size_t i) {
+                return step.sources.at(i).is_step ? std::nullopt : number(step.sources[i].index);
+            };
+            const ov::PartialShape& x = step.sources[0].is_step ? all[step.sources[0].index] : input;
+            all.push_back(step.operation->output_shape(x, number_of_step));
         }
         return all;
     }
@@ -84,7 +88,8 @@ std::shared_ptr<Operation> make_operation(const std::string& type) {
     if (type == "FullyConnected") return std::make_shared<FullyConnected>();
     if (type == "MultiHeadAttention") return std::make_shared<MultiHeadAttention>();
     if (type == "Norm") return std::make_shared<Norm>();
-    OPENVINO_THROW("Chain: step '", type, "', wanted FullyConnected, MultiHeadAttention or Norm");
+    if (type == "LastRows") return std::make_shared<LastRows>();
+    OPENVINO_THROW("Chain: step '", type, "', wanted FullyConnected, MultiHeadAttention, Norm or LastRows");
 }
 
 }  // namespace
@@ -147,13 +152,12 @@ void Chain::validate_and_infer_types() {
     OPENVINO_ASSERT(program_ != nullptr, "Chain: no steps");
     check_inputs(program_->inputs);
     check_type(0, ov::element::f32);
-    auto shape = get_input_partial_shape(0);
-    OPENVINO_ASSERT(shape.rank().is_static() && shape.size() > 0 && shape[shape.size() - 1].is_static(),
-                    "Chain: input 0 of shape ", shape, ", wanted a known last dimension");
-    const auto features = program_->features(shape[shape.size() - 1].get_length());
+    const auto& x = get_input_partial_shape(0);
+    OPENVINO_ASSERT(x.rank().is_static() && x.size() > 0 && x[x.size() - 1].is_static(), "Chain: input 0 of shape ", x,
+                    ", wanted a known last dimension");
+    const auto shapes = program_->shapes(x, [&](size_t input) { return constant_input(input); });
     for (size_t i = 0; i < results_.size(); ++i) {
-        shape[shape.size() - 1] = features[static_cast<size_t>(results_[i])];
-        set_output_type(i, ov::element::f32, shape);
+        set_output_type(i, ov::element::f32, shapes[static_cast<size_t>(results_[i])]);
     }
 }
 
@@ -169,17 +173,18 @@ bool Chain::visit_attributes(ov::AttributeVisitor& visitor) {
 bool Chain::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
     static thread_local std::deque<Scratch> buffers;
     while (buffers.size() < program_->buffers) buffers.emplace_back();
-    ov::Shape shape = inputs[0].get_shape();
-    const auto features = program_->features(static_cast<int64_t>(shape.back()));
+    const auto shapes = program_->shapes(
+        inputs[0].get_shape(), [&](size_t input) { return *inputs[input].data<const int32_t>(); });
     ov::TensorVector results;
     for (size_t i = 0; i < program_->steps.size(); ++i) {
         const ChainProgram::Step& step = program_->steps[i];
         ov::TensorVector sources;
         for (const auto& [is_step, index] : step.sources) sources.push_back(is_step ? results[index] : inputs[index]);
+        const ov::Shape shape = shapes[i].to_shape();
         if (const int64_t output = program_->output_of(i); output >= 0) {
+            outputs[static_cast<size_t>(output)].set_shape(shape);
             results.push_back(outputs[static_cast<size_t>(output)]);
         } else {
-            shape.back() = static_cast<size_t>(features[i]);
             const auto size = static_cast<int64_t>(ov::shape_size(shape));
             results.emplace_back(ov::element::f32, shape, buffers[step.buffer].get<float>(size));
         }

@@ -18,9 +18,9 @@ struct ChainAttributes {
 // A chain is asked once.
 //
 // A step is "Type source source ... name=value name=value ...": its operation (FullyConnected, MultiHeadAttention in
-// place or Norm), where its inputs come from ("3": input 3 of the chain; "@3": the result of step 3), and its
-// attributes. The first source of the first step is input 0, that of every other one is a result: so all results have
-// the leading dimensions of input 0, and the last one of their operation.
+// place, Norm or LastRows), where its inputs come from ("3": input 3 of the chain; "@3": the result of step 3), and its
+// attributes. The first source of the first step is input 0, that of every other one is a result: so the shapes of all
+// results follow from that of input 0, and from the count of LastRows.
 // Inputs: those that the steps name. Outputs: the results of the steps `results`, float32.
 class Chain : public Cloned<Chain, ChainAttributes> {
 public:

@@ -31,9 +31,12 @@ void FullyConnected::validate_and_infer_types() {
         check_type(first_of_norm + i, ov::element::f32);
         check_elements(first_of_norm + i, weight_.in_features);
     }
-    auto shape = get_input_partial_shape(0);
-    if (shape.rank().is_static()) shape[shape.size() - 1] = y_features_;
-    set_output_type(0, ov::element::f32, shape);
+    set_output_type(0, ov::element::f32, output_shape(get_input_partial_shape(0), {}));
+}
+
+ov::PartialShape FullyConnected::output_shape(ov::PartialShape x, const KnownNumber&) const {
+    if (x.rank().is_static()) x[x.size() - 1] = y_features_;
+    return x;
 }
 
 bool FullyConnected::visit_attributes(ov::AttributeVisitor& visitor) {

@@ -27,7 +27,7 @@ public:
 
     void validate_and_infer_types() override;
     bool visit_attributes(ov::AttributeVisitor& visitor) override;
-    int64_t output_features(int64_t) const override { return y_features_; }
+    ov::PartialShape output_shape(ov::PartialShape x, const KnownNumber&) const override;
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
 };
 

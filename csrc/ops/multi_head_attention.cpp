@@ -21,12 +21,15 @@ void MultiHeadAttention::validate_and_infer_types() {
     for (size_t i : {kTable, kSlots, kVisible}) check_type(i, ov::element::i32);
     check_type(kCache, ov::element::u8);
     check_last_dim(kQkv, (num_attention_heads_ + 2 * num_key_value_heads_) * head_dim_);
-    auto shape = get_input_partial_shape(kQkv);
-    if (shape.rank().is_static()) shape[2] = num_attention_heads_ * head_dim_;
-    set_output_type(0, ov::element::f32, shape);
+    set_output_type(0, ov::element::f32, output_shape(get_input_partial_shape(kQkv), {}));
     if (!in_place_) {
         set_output_type(1, ov::element::u8, get_input_partial_shape(kCache));
     }
+}
+
+ov::PartialShape MultiHeadAttention::output_shape(ov::PartialShape qkv, const KnownNumber&) const {
+    if (qkv.rank().is_static()) qkv[2] = num_attention_heads_ * head_dim_;
+    return qkv;
 }
 
 bool MultiHeadAttention::visit_attributes(ov::AttributeVisitor& visitor) {

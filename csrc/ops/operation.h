@@ -2,11 +2,18 @@
 #pragma once
 
 #include <openvino/core/except.hpp>
+#include <openvino/op/constant.hpp>
 #include <openvino/op/op.hpp>
+
+#include <functional>
+#include <optional>
 
 #include "kernels/packing.h"
 
 namespace chatglm {
+
+// The value of an input of one integer, where it is known.
+using KnownNumber = std::function<std::optional<int64_t>(size_t input)>;
 
 // An operation with the version of the packed layouts as an attribute. Operations are evaluated by several streams
 // at once on one object: they hold attributes only.
@@ -18,8 +25,8 @@ public:
 
     bool has_evaluate() const override { return true; }
 
-    // Last dimension of the output, whose others are those of input 0: asked of the operations that Chain runs.
-    virtual int64_t output_features(int64_t input_features) const { return input_features; }
+    // Shape of output 0, made of that of input 0: asked of the operations that Chain runs.
+    virtual ov::PartialShape output_shape(ov::PartialShape x, const KnownNumber&) const { return x; }
 
     bool visit_attributes(ov::AttributeVisitor& visitor) override {
         visitor.on_attribute("packing_version", packing_version_);
@@ -54,8 +61,17 @@ protected:
                         get_type_name(), ": input ", input, " of shape ", shape, ", wanted a last dimension of ", size);
     }
 
+    // A KnownNumber. The plugin hands in what is known when it runs as constants.
+    std::optional<int64_t> constant_input(size_t input) const {
+        const auto constant = ov::as_type_ptr<ov::op::v0::Constant>(get_input_node_shared_ptr(input));
+        if (constant == nullptr) return std::nullopt;
+        return constant->cast_vector<int64_t>().at(0);
+    }
+
     int64_t packing_version_ = kPackingVersion;
 };
+
+struct NoAttributes {};
 
 // An operation whose copy with other inputs is itself with other inputs. Attributes: a struct of all it holds.
 //
