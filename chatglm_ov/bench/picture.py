@@ -40,11 +40,11 @@ def draw(report: dict[str, Any], file: Path) -> None:
         _bars(decode, report, case, _tokens_per_second, _most_tokens_per_second)
         decode.set_title(f"next tokens, {steps}, batch {batch}", fontsize=10)
         decode.set_ylabel("tokens/s")
-        _bars(prompt, report, case, _rate, _peak)
+        _bars(prompt, report, case, _prompt_tokens_per_second, _most_prompt_tokens_per_second)
         prompt.set_title(
             f"{'filling' if kind == 'context' else 'prompt of'} {tokens} tokens, batch {batch}", fontsize=10
         )
-        prompt.set_ylabel("10¹² operations/s")
+        prompt.set_ylabel("tokens/s")
     names = plots[0][0].get_legend_handles_labels()
     figure.legend(*names, loc="outside lower center", ncols=len(names[0]), fontsize=9, frameon=False)
     figure.savefig(file, dpi=150)
@@ -66,13 +66,13 @@ def _most_tokens_per_second(case: dict[str, Any]) -> float | None:
     return None if limit is None else limit / case["decode"]["bytes"] * case["batch"]
 
 
-def _rate(case: dict[str, Any]) -> float:
-    return case["prompt"]["operations_per_second"] / 1e12
+def _prompt_tokens_per_second(case: dict[str, Any]) -> float:
+    return case["prompt"]["tokens_per_second"]
 
 
-def _peak(case: dict[str, Any]) -> float | None:
-    peak = case["prompt"]["peak_operations_per_second"]
-    return None if peak is None else peak / 1e12
+def _most_prompt_tokens_per_second(case: dict[str, Any]) -> float | None:
+    share = case["prompt"]["share"]
+    return None if share is None else _prompt_tokens_per_second(case) / share
 
 
 def _bars(plot: Any, report: dict[str, Any], case: tuple[str, int, int], value: Value, limit: Limit) -> None:
