@@ -35,7 +35,7 @@ class Request:
         shapes = {port.any_name: port.partial_shape for port in self.infer_request.model_inputs}
         self._input_names = frozenset(shapes)
         self._position_rows = [rows.get_length() for rows in list(shapes["position_ids"])[1:-1]]
-        self._tensors: dict[str, np.ndarray] = {}
+        self._tensors = {name: self.infer_request.get_tensor(name) for name in self._input_names}
         self._columns = np.ones((0, 0), bool)
         self._prefix = 0
         self._lock = threading.RLock()
@@ -138,15 +138,14 @@ class Request:
             raise
 
     def _write(self, inputs: dict[str, np.ndarray]) -> None:
-        """Copies the inputs into the tensors that OpenVINO made for this request, as `infer` would in ten times the
-        time. Not shared: the plugin keeps pointers to shared inputs, and a later request writes its own through them.
-        """
+        """Copies the inputs into the tensors that OpenVINO made for this request, as `infer` does with more ado. Not
+        shared: the plugin keeps pointers to shared inputs, and a later request writes its own through them."""
         for name, values in inputs.items():
-            if name not in self._tensors or self._tensors[name].shape != values.shape:
-                tensor = self.infer_request.get_tensor(name)
+            tensor = self._tensors[name]
+            if tuple(tensor.shape) != values.shape:
                 tensor.shape = values.shape
-                self._tensors[name] = tensor.data
-            self._tensors[name][...] = values
+            # Asked for each time: another shape may have moved it.
+            tensor.data[...] = values
 
     def check_positions(self, position_ids: np.ndarray) -> None:
         """Raise ChatGLMError for positions, of any shape, that the model does not have."""

@@ -48,7 +48,10 @@ double peak(double (*operations)(int64_t), int threads, double seconds) {
             0, threads,
             [&](int) {
                 double done = 0.0;
-                while (seconds_since(start) < seconds) done += operations(kIterations);
+                // Once at least: a thread may come late.
+                do {
+                    done += operations(kIterations);
+                } while (seconds_since(start) < seconds);
                 for (double seen = total; !total.compare_exchange_weak(seen, seen + done);) {
                 }
             },
