@@ -97,7 +97,9 @@ def test_rows_without_logits_are_left_out(
         assert one.shape == two.shape == (prompt.rows, min(kept or length, length), one.shape[2])
         if weight_format == "int8":
             np.testing.assert_array_equal(one, two)
-        np.testing.assert_allclose(one, two, rtol=0, atol={"f32": 1e-5, "int4": 1e-5}.get(weight_format, 0.05))
+        # A kernel for many rows rounds x to bf16, one for few may not.
+        step = 2**-8 if weight_format == "bf16" else 2**-20
+        np.testing.assert_allclose(one, two, rtol=0, atol=step * np.abs(two).max())
 
 
 @formats
