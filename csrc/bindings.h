@@ -18,6 +18,7 @@ void bind_attention(nanobind::module_& module);
 void bind_isa(nanobind::module_& module);
 void bind_limit(nanobind::module_& module);
 void bind_packing(nanobind::module_& module);
+void bind_team(nanobind::module_& module);
 void bind_tiles(nanobind::module_& module);
 void bind_fully_connected(nanobind::module_& module);
 

@@ -11,6 +11,7 @@ NB_MODULE(_native, module) {
     chatglm::bind_isa(module);
     chatglm::bind_limit(module);
     chatglm::bind_packing(module);
+    chatglm::bind_team(module);
     chatglm::bind_tiles(module);
     chatglm::bind_fully_connected(module);
 }

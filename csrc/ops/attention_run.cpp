@@ -10,7 +10,6 @@
 
 #include "kernels/memory.h"
 #include "ops/cache_view.h"
-#include "ops/parallel.h"
 
 namespace chatglm {
 namespace {
@@ -64,8 +63,8 @@ void append_token(const KernelTable& kernels, const AttentionCall& call, int64_t
     }
 }
 
-void append(const KernelTable& kernels, const AttentionCall& call) {
-    parallel_pieces(call.batch * call.length, 1, 4, [&](int64_t begin, int64_t end) {
+void append(const KernelTable& kernels, const AttentionCall& call, Team& team) {
+    team.pieces(call.batch * call.length, 1, 4, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) append_token(kernels, call, i / call.length, i % call.length);
     });
 }
@@ -135,10 +134,10 @@ struct Partial {
 };
 
 // Many tiles: each is one task over all of its slots.
-void run_tiles(const Tiles& tiles) {
+void run_tiles(const Tiles& tiles, Team& team) {
     const int64_t heads = tiles.call.layout.kv_heads, padded = tiles.call.layout.padded_dim();
     const int64_t tasks = tiles.call.batch * heads * tiles.count;
-    parallel_pieces(tasks, 1, tasks, [&](int64_t begin, int64_t end) {
+    team.pieces(tasks, 1, tasks, [&](int64_t begin, int64_t end) {
         static thread_local Scratch scratch;
         const Partial result(scratch.get<float>(Partial::floats(padded)), padded);
         for (int64_t task = begin; task < end; ++task) {
@@ -167,7 +166,7 @@ void merge_parts(const Tiles& tiles, int64_t row, int64_t kv_head, int64_t tile,
 
 // Few tiles, as in decoding: each is cut into parts of the cache of a fixed size, merged in order, so that a result
 // depends neither on the number of threads nor on other rows.
-void run_parts(const Tiles& tiles, int64_t longest) {
+void run_parts(const Tiles& tiles, int64_t longest, Team& team) {
     static thread_local Scratch scratch;
     const int64_t heads = tiles.call.layout.kv_heads, padded = tiles.call.layout.padded_dim();
     const int64_t parts = std::max<int64_t>(1, (longest + kPartSlots - 1) / kPartSlots);
@@ -178,7 +177,7 @@ void run_parts(const Tiles& tiles, int64_t longest) {
     };
     const auto row_of = [&](int64_t group) { return group / tiles.count / heads; };
     const auto head_of = [&](int64_t group) { return group / tiles.count % heads; };
-    parallel_pieces(groups * parts, 1, groups * parts, [&](int64_t begin, int64_t end) {
+    team.pieces(groups * parts, 1, groups * parts, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t group = task / parts, part = task % parts, tile = group % tiles.count;
             const int64_t from = part * kPartSlots;
@@ -189,7 +188,7 @@ void run_parts(const Tiles& tiles, int64_t longest) {
         }
     });
     // A merge is short: the start of a task is worth it for several only.
-    parallel_pieces(groups, 8, 1, [&](int64_t begin, int64_t end) {
+    team.pieces(groups, 8, 1, [&](int64_t begin, int64_t end) {
         for (int64_t group = begin; group < end; ++group) {
             merge_parts(tiles, row_of(group), head_of(group), group % tiles.count, parts, place(group, 0));
         }
@@ -198,16 +197,16 @@ void run_parts(const Tiles& tiles, int64_t longest) {
 
 }  // namespace
 
-void run(const KernelTable& kernels, const AttentionCall& call) {
+void run_attention(const KernelTable& kernels, const AttentionCall& call, Team& team) {
     const std::vector<int64_t> lengths = sequence_lengths(call);
     check(call, lengths);
-    append(kernels, call);
-    const CacheView view(call, lengths.data());
+    append(kernels, call, team);
+    const CacheView view(call, lengths.data(), team);
     const Tiles tiles{kernels, call, view};
     if (tiles.count > kFewTiles) {
-        run_tiles(tiles);
+        run_tiles(tiles, team);
     } else {
-        run_parts(tiles, *std::max_element(lengths.begin(), lengths.end()));
+        run_parts(tiles, *std::max_element(lengths.begin(), lengths.end()), team);
     }
 }
 

@@ -1,7 +1,8 @@
-// Rotary, append to the cache and attention of one layer, over the threads of the calling arena.
+// Rotary, append to the cache and attention of one layer, over the threads of a team.
 #pragma once
 
 #include "kernels/table.h"
+#include "ops/team.h"
 
 namespace chatglm {
 
@@ -26,6 +27,6 @@ struct AttentionCall {
 };
 
 // Throws std::runtime_error when a slot or a row lies outside of the cache.
-void run(const KernelTable& table, const AttentionCall& call);
+void run_attention(const KernelTable& table, const AttentionCall& call, Team& team);
 
 }  // namespace chatglm

@@ -49,7 +49,7 @@ bool CacheTable::visit_attributes(ov::AttributeVisitor& visitor) {
     return Operation::visit_attributes(visitor);
 }
 
-bool CacheTable::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+void CacheTable::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team&) const {
     const Columns columns{dim(inputs[1], 0), dim(inputs[1], 1), dim(inputs[2], 1), inputs[1].data<const int32_t>()};
     const int64_t past_rows = dim(inputs[0], 0), past_slots = dim(inputs[0], 1);
     const bool empty = past_rows * past_slots == 0;
@@ -90,7 +90,6 @@ bool CacheTable::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inp
             visible[row * columns.fresh + i] = slot < 0 ? 0 : static_cast<int32_t>(std::max<int64_t>(slot + 1, open));
         }
     }
-    return true;
 }
 
 }  // namespace chatglm

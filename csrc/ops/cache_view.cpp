@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "kernels/memory.h"
-#include "ops/parallel.h"
 
 namespace chatglm {
 namespace {
@@ -51,7 +50,7 @@ BlockRows block_rows(const AttentionCall& call, const int64_t* lengths, int64_t 
 
 }  // namespace
 
-CacheView::CacheView(const AttentionCall& call, const int64_t* lengths)
+CacheView::CacheView(const AttentionCall& call, const int64_t* lengths, Team& team)
     : kv_heads_(call.layout.kv_heads), blocks_((call.table_slots + kBlockSlots - 1) / kBlockSlots) {
     static thread_local Scratch pointers, assembled;
     const int64_t block_bytes = call.layout.block_bytes();
@@ -73,7 +72,7 @@ CacheView::CacheView(const AttentionCall& call, const int64_t* lengths)
                     direct ? call.block(slots.rows[0], block, head) : room + head * block_bytes;
             }
             if (direct) continue;
-            parallel_pieces(kv_heads_, 1, 4, [&](int64_t begin, int64_t end) {
+            team.pieces(kv_heads_, 1, 4, [&](int64_t begin, int64_t end) {
                 for (int64_t head = begin; head < end; ++head) {
                     slots.assemble(call, block, head, room + head * block_bytes);
                 }

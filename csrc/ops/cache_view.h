@@ -10,7 +10,7 @@ namespace chatglm {
 class CacheView {
 public:
     // lengths [B]: slots that each sequence has.
-    CacheView(const AttentionCall& call, const int64_t* lengths);
+    CacheView(const AttentionCall& call, const int64_t* lengths, Team& team);
 
     const uint8_t* const* blocks(int64_t row, int64_t kv_head) const {
         return pointers_ + (row * kv_heads_ + kv_head) * blocks_;

@@ -170,7 +170,7 @@ bool Chain::visit_attributes(ov::AttributeVisitor& visitor) {
     return Operation::visit_attributes(visitor);
 }
 
-bool Chain::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+void Chain::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const {
     static thread_local std::deque<Scratch> buffers;
     while (buffers.size() < program_->buffers) buffers.emplace_back();
     const auto shapes = program_->shapes(
@@ -189,9 +189,8 @@ bool Chain::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) 
             results.emplace_back(ov::element::f32, shape, buffers[step.buffer].get<float>(size));
         }
         ov::TensorVector result{results.back()};
-        if (!step.operation->evaluate(result, sources)) return false;
+        step.operation->run(result, sources, team);
     }
-    return true;
 }
 
 }  // namespace chatglm

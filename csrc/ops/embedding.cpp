@@ -1,6 +1,5 @@
 #include "ops/embedding.h"
 
-#include "ops/parallel.h"
 
 namespace chatglm {
 
@@ -21,7 +20,7 @@ bool Embedding::visit_attributes(ov::AttributeVisitor& visitor) {
     return Operation::visit_attributes(visitor);
 }
 
-bool Embedding::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+void Embedding::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const {
     const auto* ids = inputs[0].data<const int32_t>();
     const auto* payload = inputs[1].data<const uint8_t>();
     float* y = outputs[0].data<float>();
@@ -30,12 +29,11 @@ bool Embedding::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inpu
         OPENVINO_ASSERT(ids[i] >= 0 && ids[i] < weight_.out_features, "Embedding: token id ", ids[i], ", wanted 0 to ",
                         weight_.out_features - 1);
     }
-    parallel_pieces(count, 1, 4, [&](int64_t begin, int64_t end) {
+    team.pieces(count, 1, 4, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             unpack_row(weight_.layout(), payload, ids[i], y + i * weight_.in_features);
         }
     });
-    return true;
 }
 
 }  // namespace chatglm

@@ -17,7 +17,7 @@ public:
 
     void validate_and_infer_types() override;
     bool visit_attributes(ov::AttributeVisitor& visitor) override;
-    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
+    void run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const override;
 };
 
 }  // namespace chatglm

@@ -52,7 +52,7 @@ bool FullyConnected::visit_attributes(ov::AttributeVisitor& visitor) {
     return Operation::visit_attributes(visitor);
 }
 
-bool FullyConnected::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+void FullyConnected::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const {
     const ov::Tensor& x = inputs[0];
     const int64_t rows = static_cast<int64_t>(x.get_size()) / weight_.in_features;
     Epilogue epilogue;
@@ -70,9 +70,8 @@ bool FullyConnected::evaluate(ov::TensorVector& outputs, const ov::TensorVector&
         norm.bias = norm_ == "layer" ? inputs[first + 1].data<const float>() : nullptr;
         norm.eps = norm_eps_;
     }
-    run(kernels(), {weight_.layout(), inputs[1].data<const uint8_t>(), static_cast<int>(activation_bits_), rows,
-                    x.data<const float>(), norm, epilogue, outputs[0].data<float>(), y_features_});
-    return true;
+    run_fully_connected(kernels(), {weight_.layout(), inputs[1].data<const uint8_t>(), static_cast<int>(activation_bits_), rows,
+                    x.data<const float>(), norm, epilogue, outputs[0].data<float>(), y_features_}, team);
 }
 
 }  // namespace chatglm

@@ -1,7 +1,6 @@
 #include "ops/fully_connected_run.h"
 
 #include "kernels/memory.h"
-#include "ops/parallel.h"
 
 namespace chatglm {
 namespace {
@@ -9,14 +8,14 @@ namespace {
 // What the kernels take side by side at most; even, for gates.
 constexpr int64_t kPanelsAtATime = 4;
 
-void run_rows(const KernelTable& table, const FullyConnectedCall& call, int64_t begin, int64_t rows) {
+void run_rows(const KernelTable& table, const FullyConnectedCall& call, int64_t begin, int64_t rows, Team& team) {
     static thread_local Scratch scratch, normed;
     const FullyConnectedKernel& kernel = table.fully_connected[static_cast<int>(call.layout.format)];
     uint8_t* prepared = scratch.get<uint8_t>(kernel.prepared_bytes(call.layout, rows, call.activation_bits));
     const int64_t columns = call.layout.in_features;
     const float* x = call.x + begin * columns;
     float* normal = call.norm.weight == nullptr ? nullptr : normed.get<float>(rows * columns);
-    parallel_pieces(rows, kernel.prepare_step, 1, [&](int64_t first, int64_t last) {
+    team.pieces(rows, kernel.prepare_step, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; normal != nullptr && i < last; ++i) {
             call.norm.apply(table.elementwise, x + i * columns, columns, normal + i * columns);
         }
@@ -28,15 +27,15 @@ void run_rows(const KernelTable& table, const FullyConnectedCall& call, int64_t 
     if (task.epilogue.residual != nullptr) {
         task.epilogue.residual += begin * task.epilogue.residual_stride;
     }
-    parallel_shrinking_pieces(call.layout.panels(), kPanelsAtATime,
-                              [&](int64_t first, int64_t last) { kernel.multiply(task, first, last); });
+    team.shrinking_pieces(call.layout.panels(), kPanelsAtATime,
+                          [&](int64_t first, int64_t last) { kernel.multiply(task, first, last); });
 }
 
 }  // namespace
 
-void run(const KernelTable& table, const FullyConnectedCall& call) {
+void run_fully_connected(const KernelTable& table, const FullyConnectedCall& call, Team& team) {
     for (int64_t begin = 0; begin < call.rows; begin += kMaxRows) {
-        run_rows(table, call, begin, std::min(kMaxRows, call.rows - begin));
+        run_rows(table, call, begin, std::min(kMaxRows, call.rows - begin), team);
     }
 }
 

@@ -1,7 +1,8 @@
-// A whole fully-connected layer with the kernels of one table, over the threads of the calling arena.
+// A whole fully-connected layer with the kernels of one table, over the threads of a team.
 #pragma once
 
 #include "ops/row_norm.h"
+#include "ops/team.h"
 
 namespace chatglm {
 
@@ -17,6 +18,6 @@ struct FullyConnectedCall {
     int64_t y_features;
 };
 
-void run(const KernelTable& table, const FullyConnectedCall& call);
+void run_fully_connected(const KernelTable& table, const FullyConnectedCall& call, Team& team);
 
 }  // namespace chatglm

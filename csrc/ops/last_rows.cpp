@@ -27,7 +27,7 @@ ov::PartialShape LastRows::output_shape(ov::PartialShape x, const KnownNumber& n
     return x;
 }
 
-bool LastRows::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+void LastRows::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team&) const {
     const auto number = [&](size_t input) { return *inputs[input].data<const int32_t>(); };
     const ov::Shape shape = output_shape(inputs[0].get_shape(), number).to_shape();
     outputs[0].set_shape(shape);
@@ -37,7 +37,6 @@ bool LastRows::evaluate(ov::TensorVector& outputs, const ov::TensorVector& input
     for (size_t b = 0; b < shape[0]; ++b) {
         std::memcpy(y + b * kept * columns, x + ((b + 1) * rows - kept) * columns, kept * columns * sizeof(float));
     }
-    return true;
 }
 
 }  // namespace chatglm

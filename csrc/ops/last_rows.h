@@ -14,7 +14,7 @@ public:
 
     void validate_and_infer_types() override;
     ov::PartialShape output_shape(ov::PartialShape x, const KnownNumber& number) const override;
-    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override;
+    void run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const override;
 };
 
 }  // namespace chatglm

@@ -40,7 +40,7 @@ bool MultiHeadAttention::visit_attributes(ov::AttributeVisitor& visitor) {
     return Operation::visit_attributes(visitor);
 }
 
-bool MultiHeadAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+void MultiHeadAttention::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const {
     const ov::Tensor& cache = inputs[kCache];
     // The plugin hands out the state's own buffer; the self-test at load makes sure of it.
     auto* memory = const_cast<uint8_t*>(cache.data<const uint8_t>());
@@ -67,8 +67,7 @@ bool MultiHeadAttention::evaluate(ov::TensorVector& outputs, const ov::TensorVec
     call.context = outputs[0].data<float>();
     OPENVINO_ASSERT(dim(cache, 2) == num_key_value_heads_, "MultiHeadAttention: a cache of ", dim(cache, 2),
                     " heads, wanted ", num_key_value_heads_);
-    run(kernels(), call);
-    return true;
+    run_attention(kernels(), call, team);
 }
 
 }  // namespace chatglm

@@ -1,6 +1,5 @@
 #include "ops/norm.h"
 
-#include "ops/parallel.h"
 #include "ops/row_norm.h"
 
 namespace chatglm {
@@ -19,17 +18,16 @@ bool Norm::visit_attributes(ov::AttributeVisitor& visitor) {
     return Operation::visit_attributes(visitor);
 }
 
-bool Norm::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+void Norm::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const {
     const auto& kernel = kernels().elementwise;
     const int64_t size = static_cast<int64_t>(inputs[1].get_size());
     const int64_t rows = static_cast<int64_t>(inputs[0].get_size()) / size;
     const RowNorm norm{inputs[1].data<const float>(), kind_ == "layer" ? inputs[2].data<const float>() : nullptr, eps_};
     const auto* x = inputs[0].data<const float>();
     float* y = outputs[0].data<float>();
-    parallel_pieces(rows, 4, 2, [&](int64_t begin, int64_t end) {
+    team.pieces(rows, 4, 2, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) norm.apply(kernel, x + i * size, size, y + i * size);
     });
-    return true;
 }
 
 }  // namespace chatglm

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "kernels/packing.h"
+#include "ops/team.h"
 
 namespace chatglm {
 
@@ -24,6 +25,15 @@ public:
     explicit Operation(const ov::OutputVector& arguments) : Op(arguments) {}
 
     bool has_evaluate() const override { return true; }
+
+    bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const final {
+        Team team;
+        run(outputs, inputs, team);
+        return true;
+    }
+
+    // Computes the outputs, with the threads of `team`.
+    virtual void run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const = 0;
 
     // Shape of output 0, made of that of input 0: asked of the operations that Chain runs.
     virtual ov::PartialShape output_shape(ov::PartialShape x, const KnownNumber&) const { return x; }

@@ -1,7 +1,6 @@
 #include "ops/rotary_embedding.h"
 
 #include "kernels/table.h"
-#include "ops/parallel.h"
 
 namespace chatglm {
 
@@ -28,13 +27,13 @@ bool RotaryEmbedding::visit_attributes(ov::AttributeVisitor& visitor) {
     return Operation::visit_attributes(visitor);
 }
 
-bool RotaryEmbedding::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+void RotaryEmbedding::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const {
     const auto rotate = kernels().elementwise.rotate;
     const int64_t tokens = dim(inputs[0], 0) * dim(inputs[0], 1), width = dim(inputs[0], 2), half = dim(inputs[1], 2);
     const auto* x = inputs[0].data<const float>();
     const auto *cos = inputs[1].data<const float>(), *sin = inputs[2].data<const float>();
     float* y = outputs[0].data<float>();
-    parallel_pieces(tokens, 1, 4, [&](int64_t begin, int64_t end) {
+    team.pieces(tokens, 1, 4, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             for (int64_t d = 0; d < width; d += head_dim_) {
                 const int64_t at = t * width + d;
@@ -42,7 +41,6 @@ bool RotaryEmbedding::evaluate(ov::TensorVector& outputs, const ov::TensorVector
             }
         }
     });
-    return true;
 }
 
 }  // namespace chatglm
