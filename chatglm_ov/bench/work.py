@@ -16,8 +16,8 @@ ELEMENT_BYTES = {"f32": 4, "bf16": 2, "int8": 1}
 
 
 def weight_bytes(model: ov.Model, config: ArchitectureConfig) -> int:
-    """Bytes of weights that every step reads, as they are stored: all but the embedding, of which it reads a row a
-    token; a tied one is the LM head as well and counts."""
+    """Bytes of weights that every step reads, as the graph of an IR holds them: all but the embedding, of which it
+    reads a row a token; a tied one is the LM head as well and counts."""
     module = architecture(config)
     names = set(graph_shapes(config))
     if module.LM_HEAD in names:

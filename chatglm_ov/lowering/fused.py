@@ -57,7 +57,8 @@ class FusedLowering(GraphLowering):
     def embedding(self, name: str, *, tied: bool = False) -> ov.Node:
         # A row is scattered over the payload, so what is only looked up lies row by row.
         if not tied:
-            return self._gathered_embedding(self.weights.embedding(name))
+            parts = self.weights.embedding(name)
+            return operation("EmbeddingRows", [self._ids, *parts.values()], hidden_size=parts["weight"].shape[1])
         table = self._payloads.packed_lm_head(name)
         return operation("Embedding", [self._ids, table.payload], **_layout(table))
 

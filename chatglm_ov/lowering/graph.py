@@ -63,15 +63,6 @@ class GraphLowering:
         self._parameters.append(node)
         return node
 
-    def _gathered_embedding(self, parts: dict[str, ov.Node]) -> ov.Node:
-        """Rows are gathered before they are decompressed, so that the table is never expanded."""
-        rows = ops.gather(parts["weight"], self.input_ids, scalar(0))
-        if parts["weight"].get_element_type() != ov.Type.f32:
-            rows = ops.convert(rows, "f32")
-        if "scale" in parts:
-            rows = ops.multiply(rows, ops.gather(parts["scale"], self.input_ids, scalar(0)))
-        return rows
-
     def add(self, x: ov.Node, y: ov.Node) -> ov.Node:
         return ops.add(x, y)
 

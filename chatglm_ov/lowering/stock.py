@@ -71,6 +71,15 @@ class StockLowering(GraphLowering):
         table = self._dequantized(name, parts, list(self.weights.checkpoint.shape(name)))
         return ops.gather(table, self.input_ids, scalar(0))
 
+    def _gathered_embedding(self, parts: dict[str, ov.Node]) -> ov.Node:
+        """Rows are gathered before they are decompressed, so that the table is never expanded."""
+        rows = ops.gather(parts["weight"], self.input_ids, scalar(0))
+        if parts["weight"].get_element_type() != ov.Type.f32:
+            rows = ops.convert(rows, "f32")
+        if "scale" in parts:
+            rows = ops.multiply(rows, ops.gather(parts["scale"], self.input_ids, scalar(0)))
+        return rows
+
     def rms_norm(self, x: ov.Node, name: str, eps: float) -> ov.Node:
         mean_square = ops.reduce_mean(ops.power(x, np.float32(2)), i64(-1), keep_dims=True)
         inverse = ops.divide(np.float32(1), ops.sqrt(ops.add(mean_square, np.float32(eps))))

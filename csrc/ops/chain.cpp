@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "kernels/memory.h"
+#include "ops/embedding.h"
 #include "ops/fully_connected.h"
 #include "ops/last_rows.h"
 #include "ops/multi_head_attention.h"
@@ -14,8 +15,9 @@
 namespace chatglm {
 
 struct ChainProgram {
+    enum class From { input, step, constant };
     struct Source {
-        bool is_step;
+        From from;
         size_t index;
     };
     struct Step {
@@ -26,7 +28,9 @@ struct ChainProgram {
     std::vector<std::string> text;
     std::vector<int64_t> results;
     std::vector<Step> steps;
-    size_t inputs = 0, buffers = 0;
+    size_t inputs = 0, buffers = 0, constant_count = 0;
+    ov::OutputVector constants;  // which own the memory of:
+    ov::TensorVector constant_tensors;
 
     ChainProgram(const std::vector<std::string>& text, const std::vector<int64_t>& results);
 
@@ -36,14 +40,19 @@ struct ChainProgram {
         return found == results.end() ? -1 : found - results.begin();
     }
 
+    // Throws for what is no constant, and for another number of them than the steps name.
+    void hold(const ov::OutputVector& nodes);
+
     // Shape of every step's result. `number` is asked for inputs of the chain.
     std::vector<ov::PartialShape> shapes(const ov::PartialShape& input, const KnownNumber& number) const {
         std::vector<ov::PartialShape> all;
         for (const Step& step : steps) {
             const auto number_of_step = [&](size_t i) {
-                return step.sources.at(i).is_step ? std::nullopt : number(step.sources[i].index);
+                const Source& source = step.sources.at(i);
+                return source.from == From::input ? number(source.index) : std::nullopt;
             };
-            const ov::PartialShape& x = step.sources[0].is_step ? all[step.sources[0].index] : input;
+            const Source& rows = step.sources[0];
+            const ov::PartialShape& x = rows.from == From::step ? all[rows.index] : input;
             all.push_back(step.operation->output_shape(x, number_of_step));
         }
         return all;
@@ -89,7 +98,10 @@ std::shared_ptr<Operation> make_operation(const std::string& type) {
     if (type == "MultiHeadAttention") return std::make_shared<MultiHeadAttention>();
     if (type == "Norm") return std::make_shared<Norm>();
     if (type == "LastRows") return std::make_shared<LastRows>();
-    OPENVINO_THROW("Chain: step '", type, "', wanted FullyConnected, MultiHeadAttention, Norm or LastRows");
+    if (type == "Embedding") return std::make_shared<Embedding>();
+    if (type == "EmbeddingRows") return std::make_shared<EmbeddingRows>();
+    OPENVINO_THROW("Chain: step '", type,
+                   "', wanted FullyConnected, MultiHeadAttention, Norm, LastRows, Embedding or EmbeddingRows");
 }
 
 }  // namespace
@@ -114,13 +126,17 @@ void ChainProgram::add_step(const std::string& line) {
             attributes[word.substr(0, equals)] = word.substr(equals + 1);
             continue;
         }
-        const bool is_step = word[0] == '@';
-        const size_t index = std::stoul(word.substr(is_step ? 1 : 0));
-        OPENVINO_ASSERT(!is_step || index < steps.size(), "Chain: step ", steps.size(), " reads the result ", index);
-        if (!is_step) inputs = std::max(inputs, index + 1);
-        step.sources.push_back({is_step, index});
+        const From from = word[0] == '@' ? From::step : word[0] == '#' ? From::constant : From::input;
+        const size_t index = std::stoul(word.substr(from == From::input ? 0 : 1));
+        OPENVINO_ASSERT(from != From::step || index < steps.size(), "Chain: step ", steps.size(), " reads the result ",
+                        index);
+        if (from == From::input) inputs = std::max(inputs, index + 1);
+        if (from == From::constant) constant_count = std::max(constant_count, index + 1);
+        step.sources.push_back({from, index});
     }
-    const auto reads_rows = [&](const Source& x) { return steps.empty() ? !x.is_step && x.index == 0 : x.is_step; };
+    const auto reads_rows = [&](const Source& x) {
+        return steps.empty() ? x.from == From::input && x.index == 0 : x.from == From::step;
+    };
     OPENVINO_ASSERT(!step.sources.empty() && reads_rows(step.sources[0]),
                     "Chain: first source of '", line, "', wanted input 0 in the first step and a result in others");
     TextAttributes visitor(std::move(attributes));
@@ -133,7 +149,7 @@ void ChainProgram::choose_buffers() {
     std::vector<size_t> last_reader(steps.size(), 0);
     for (size_t i = 0; i < steps.size(); ++i) {
         for (const Source& source : steps[i].sources) {
-            if (source.is_step) last_reader[source.index] = i;
+            if (source.from == From::step) last_reader[source.index] = i;
         }
     }
     std::vector<size_t> free_from;  // by buffer: the first step whose result may lie in it
@@ -147,14 +163,36 @@ void ChainProgram::choose_buffers() {
     buffers = free_from.size();
 }
 
+void ChainProgram::hold(const ov::OutputVector& nodes) {
+    OPENVINO_ASSERT(nodes.size() == constant_count, "Chain: ", nodes.size(), " constants, wanted ", constant_count);
+    for (const auto& node : nodes) {
+        const auto constant = ov::as_type_ptr<ov::op::v0::Constant>(node.get_node_shared_ptr());
+        OPENVINO_ASSERT(constant != nullptr, "Chain: '", node.get_node()->get_friendly_name(), "', wanted a constant");
+        constant_tensors.emplace_back(constant->get_element_type(), constant->get_shape(),
+                                      const_cast<void*>(constant->get_data_ptr()));
+    }
+    constants = nodes;
+}
+
+std::shared_ptr<Chain> Chain::make(const ov::OutputVector& inputs, ov::AttributeVisitor& visitor) {
+    const auto chain = std::make_shared<Chain>();
+    chain->visit_attributes(visitor);
+    OPENVINO_ASSERT(chain->program_ != nullptr && chain->program_->inputs <= inputs.size(), "Chain: ", inputs.size(),
+                    " inputs, fewer than its steps name");
+    const auto constants = inputs.begin() + static_cast<std::ptrdiff_t>(chain->program_->inputs);
+    chain->program_->hold({constants, inputs.end()});
+    chain->set_arguments(ov::OutputVector{inputs.begin(), constants});
+    chain->constructor_validate_and_infer_types();
+    return chain;
+}
+
 void Chain::validate_and_infer_types() {
     check_version();
     OPENVINO_ASSERT(program_ != nullptr, "Chain: no steps");
     check_inputs(program_->inputs);
-    check_type(0, ov::element::f32);
+    check_type(0, program_->steps[0].operation->source_type());
     const auto& x = get_input_partial_shape(0);
-    OPENVINO_ASSERT(x.rank().is_static() && x.size() > 0 && x[x.size() - 1].is_static(), "Chain: input 0 of shape ", x,
-                    ", wanted a known last dimension");
+    OPENVINO_ASSERT(x.rank().is_static(), "Chain: input 0 of shape ", x, ", wanted a known rank");
     const auto shapes = program_->shapes(x, [&](size_t input) { return constant_input(input); });
     for (size_t i = 0; i < results_.size(); ++i) {
         set_output_type(i, ov::element::f32, shapes[static_cast<size_t>(results_[i])]);
@@ -164,9 +202,8 @@ void Chain::validate_and_infer_types() {
 bool Chain::visit_attributes(ov::AttributeVisitor& visitor) {
     visitor.on_attribute("steps", steps_);
     visitor.on_attribute("results", results_);
-    if (program_ == nullptr || program_->text != steps_ || program_->results != results_) {
-        program_ = std::make_shared<ChainProgram>(steps_, results_);
-    }
+    if (program_ == nullptr) program_ = std::make_shared<ChainProgram>(steps_, results_);
+    OPENVINO_ASSERT(program_->text == steps_ && program_->results == results_, "Chain: other steps than it was made of");
     return Operation::visit_attributes(visitor);
 }
 
@@ -179,7 +216,11 @@ void Chain::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team&
     for (size_t i = 0; i < program_->steps.size(); ++i) {
         const ChainProgram::Step& step = program_->steps[i];
         ov::TensorVector sources;
-        for (const auto& [is_step, index] : step.sources) sources.push_back(is_step ? results[index] : inputs[index]);
+        for (const auto& [from, index] : step.sources) {
+            sources.push_back(from == ChainProgram::From::step    ? results[index]
+                              : from == ChainProgram::From::input ? inputs[index]
+                                                                  : program_->constant_tensors[index]);
+        }
         const ov::Shape shape = shapes[i].to_shape();
         if (const int64_t output = program_->output_of(i); output >= 0) {
             outputs[static_cast<size_t>(output)].set_shape(shape);

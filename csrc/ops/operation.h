@@ -35,6 +35,9 @@ public:
     // Computes the outputs, with the threads of `team`.
     virtual void run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const = 0;
 
+    // Of what input 0 is, in operations that Chain runs.
+    virtual ov::element::Type source_type() const { return ov::element::f32; }
+
     // Shape of output 0, made of that of input 0: asked of the operations that Chain runs.
     virtual ov::PartialShape output_shape(ov::PartialShape x, const KnownNumber&) const { return x; }
 
