@@ -108,8 +108,11 @@ def test_the_layers_are_one_operation(golden, weight_format, open_compiled: Open
     """Which gives, bit for bit, what its steps give one by one: rows of unequal length, prompt and steps."""
     chained = open_compiled(golden.checkpoint, weight_format, None, ops="fused")
     count = types(chained)
-    ours = ("Chain", "FullyConnected", "Norm", "MultiHeadAttention", "LastRows")
-    assert [count[name] for name in ours] == [1, 0, 0, 0, 0]
+    ours = ("Chain", "FullyConnected", "Norm", "MultiHeadAttention", "LastRows", "EmbeddingRows")
+    assert [count[name] for name in ours] == [1, 0, 0, 0, 0, 0]
+    left = [node for node in chained.model.get_ops() if node.get_type_name() == "Constant"]
+    # Frequencies, and the numbers that empty states are made of.
+    assert all(np.prod(node.shape) <= chained.config.head_dim for node in left)
     monkeypatch.setattr(runtime, "chain_operations", lambda model: None)
     apart = open_compiled(golden.checkpoint, weight_format, None, ops="fused", properties=AnyProperties())
     assert types(apart)["Chain"] == 0
@@ -138,14 +141,19 @@ def test_nothing_lies_between_the_operations(golden, weight_format, open_compile
 
 
 @formats
-def test_tied_head_reads_the_embeddings_payload(weight_format, tmp_path: Path, open_compiled: Opener):
+def test_tied_head_reads_the_embeddings_payload(
+    weight_format, tmp_path: Path, open_compiled: Opener, monkeypatch: pytest.MonkeyPatch
+):
     checkpoint = write_checkpoint(
         tmp_path / "tied", V1.checkpoint, stored_weights(V1.checkpoint), tie_word_embeddings=None
     )
-    fused, stock = (open_compiled(checkpoint, weight_format, "f32", ops=ops) for ops in ("fused", "stock"))
-    (embedding,) = [node for node in fused.model.get_ops() if node.get_type_name() == "Embedding"]
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "chain_operations", lambda model: None)
+        apart = open_compiled(checkpoint, weight_format, None, ops="fused", properties=AnyProperties())
+    (embedding,) = [node for node in apart.model.get_ops() if node.get_type_name() == "Embedding"]
     readers = embedding.input_value(1).get_target_inputs()
-    assert sorted(reader.get_node().get_type_name() for reader in readers) == ["Chain", "Embedding"]
+    assert sorted(reader.get_node().get_type_name() for reader in readers) == ["Embedding", "FullyConnected"]
+    fused, stock = (open_compiled(checkpoint, weight_format, "f32", ops=ops) for ops in ("fused", "stock"))
     prompt = golden_prompt(V1, "batch", fused)
     real = prompt.keep.astype(bool)
     ours, wanted = (prompt.feed(model.create_request())[real] for model in (fused, stock))

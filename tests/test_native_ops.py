@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+
+import ml_dtypes
 import numpy as np
 import openvino as ov
 import openvino.opset15 as opset
@@ -254,22 +257,56 @@ def test_a_chain_runs_its_steps(core, factory):
 @pytest.mark.parametrize(
     ("steps", "results", "message"),
     [
-        (["Nothing 0"], [0], "step 'Nothing', wanted FullyConnected, MultiHeadAttention, Norm or LastRows"),
+        (["Nothing 0"], [0], "step 'Nothing', wanted FullyConnected, MultiHeadAttention, Norm, LastRows, Embedding or"),
         (["Norm 0 1 kind=rms"], [0], "no attribute eps"),
         (["{norm} 1 0"], [0], "wanted input 0 in the first step"),
         (["{norm} 0 1", "{norm} 0 1"], [0], "wanted input 0 in the first step and a result in others"),
         (["{norm} 0 1", "{norm} @1 1"], [1], "step 1 reads the result 1"),
         (["{norm} 0 1"], [], "no results"),
         (["{norm} 0 1"], [1], "result 1 of 1"),
-        (["{norm} 0 2"], [0], "2 inputs, wanted 3"),
+        (["{norm} 0 2"], [0], "2 inputs, fewer than its steps name"),
+        (["{norm} 0 #0", "{norm} @0 #1"], [1], "1 constants, wanted 2"),
+        (["{norm} 0 #1"], [0], "1 constants, wanted 2"),
+        (["{norm} #0 0"], [0], "wanted input 0 in the first step"),
+        (["EmbeddingRows 0 #0 hidden_size=40 {version}"], [0], "input 0 is f32, wanted i32"),
     ],
 )
 def test_a_chain_that_cannot_run_is_refused(factory, steps, results, message):
     inputs = [parameter([-1, -1, 40]).output(0), opset.constant(np.ones(40, np.float32)).output(0)]
-    attributes = f" kind=rms eps=1e-5 packing_version={native().PACKING_VERSION}"
-    lines = [line.replace("{norm}", "Norm") + attributes if "{norm}" in line else line for line in steps]
+    version = f"packing_version={native().PACKING_VERSION}"
+    lines = [line.replace("{version}", version) for line in steps]
+    lines = [
+        f"{line.replace('{norm}', 'Norm')} kind=rms eps=1e-5 {version}" if "{norm}" in line else line for line in lines
+    ]
     with pytest.raises(RuntimeError, match=message):
         factory.create("Chain", inputs, {"steps": lines, "results": results})
+
+
+def test_constants_of_a_chain_are_no_inputs(core, factory):
+    """They live as long as the compiled model, whatever else is dropped."""
+    rng = np.random.default_rng(6)
+    table, weight = rng.standard_normal((50, 24)).astype(np.float32), rng.standard_normal(24).astype(np.float32)
+    version = f"packing_version={native().PACKING_VERSION}"
+    steps = [f"EmbeddingRows 0 #0 hidden_size=24 {version}", f"Norm @0 #1 kind=rms eps=1e-5 {version}"]
+    ids = parameter([-1, -1], np.int32)
+    inputs = [ids.output(0), *(opset.constant(array).output(0) for array in (table, weight))]
+    chain = factory.create("Chain", inputs, {"steps": steps, "results": [0, 1]})
+    assert len(chain.input_values()) == 1
+    model = compiled(core, [chain.output(0), chain.output(1)], [ids])
+    del inputs, chain
+    gc.collect()
+    for picked in ([[3]], [[0, 49], [7, 7]]):
+        rows, normed = model([np.array(picked, np.int32)]).values()
+        np.testing.assert_array_equal(rows, table[picked])
+        wanted = table[picked] / np.sqrt((table[picked] ** 2).mean(-1, keepdims=True) + 1e-5) * weight
+        np.testing.assert_allclose(normed, wanted, rtol=1e-5)
+
+
+def test_what_varies_is_no_constant_of_a_chain(factory):
+    inputs = [parameter([-1, -1, 40]).output(0), parameter([40]).output(0)]
+    step = f"Norm 0 #0 kind=rms eps=1e-5 packing_version={native().PACKING_VERSION}"
+    with pytest.raises(RuntimeError, match="wanted a constant"):
+        factory.create("Chain", inputs, {"steps": [step], "results": [0]})
 
 
 # LastRows
@@ -324,6 +361,46 @@ def test_embedding_reads_rows_of_a_packed_weight(core, factory):
     node = factory.create("Embedding", [ids.output(0), opset.constant(payload).output(0)], weight_attributes(layout))
     seen = compiled(core, [node.output(0)], [ids])([np.array([[0, 49], [7, 7]], np.int32)])[0]
     np.testing.assert_allclose(seen, weight[[[0, 49], [7, 7]]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("element_type", ["f32", "bf16", "i8"])
+def test_rows_of_an_embedding(core, factory, element_type):
+    """As OpenVINO's own Gather, Convert and Multiply compute them, bit for bit."""
+    rng = np.random.default_rng(4)
+    stored = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "i8": np.int8}[element_type]
+    table = (rng.standard_normal((50, 40)) * 30).astype(stored)
+    scales = rng.random((50, 1), np.float32)
+    ids = parameter([-1, -1], np.int32)
+    parts = [opset.constant(ov.Tensor(table.view(np.uint16), table.shape, ov.Type.bf16)) if element_type == "bf16"
+             else opset.constant(table)]  # fmt: skip
+    parts += [opset.constant(scales)] if element_type == "i8" else []
+    inputs = [ids.output(0), *(part.output(0) for part in parts)]
+    node = factory.create("EmbeddingRows", inputs, {"hidden_size": 40})
+    model = compiled(core, [node.output(0)], [ids])
+    for picked in ([[0, 49], [7, 7]], [[3]], [list(range(50))]):
+        wanted = table[picked].astype(np.float32) * (scales[picked] if element_type == "i8" else np.float32(1))
+        np.testing.assert_array_equal(model([np.array(picked, np.int32)])[0], wanted)
+
+
+def test_an_embedding_that_cannot_be_read_is_refused(core, factory):
+    ids = parameter([-1, -1], np.int32).output(0)
+    floats, bytes_, scales = (
+        opset.constant(array).output(0)
+        for array in (np.ones((9, 8), np.float32), np.ones((9, 8), np.int8), np.ones((9, 1), np.float32))
+    )
+    for inputs, hidden_size, message in (
+        ([ids, bytes_], 8, "a weight of i8, wanted f32 or bf16"),
+        ([ids, floats, scales], 8, "a weight of f32, wanted f32 or bf16, or i8 with scales"),
+        ([ids, floats], 7, "wanted a last dimension of 7"),
+        ([ids, bytes_, floats], 8, "wanted a last dimension of 1"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            factory.create("EmbeddingRows", inputs, {"hidden_size": hidden_size})
+    node = factory.create("EmbeddingRows", [ids, floats], {"hidden_size": 8})
+    model = compiled(core, [node.output(0)], [ids.get_node()])
+    for wrong in (-1, 9):
+        with pytest.raises(RuntimeError, match=f"token id {wrong}, wanted 0 to 8"):
+            model([np.array([[wrong]], np.int32)])
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])

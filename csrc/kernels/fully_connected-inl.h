@@ -13,6 +13,8 @@
 namespace chatglm {
 namespace {
 
+constexpr int kLineBytes = 64;
+
 typedef int16_t Shorts __attribute__((vector_size(kLanes * 2)));
 
 inline int64_t activation_blocks(const PackedLayout& layout) {
@@ -73,6 +75,29 @@ constexpr int kNearBytes = 384;
 [[gnu::always_inline]] inline void prefetch_near(const uint8_t* line) {
     _mm_prefetch(line + kNearBytes, _MM_HINT_T0);
 }
+
+// Lines of the block that is next, brought into the first-level cache while all tiles of rows pass over this one, each
+// its part of them: so what the memory needs for a block is hidden behind the products of all rows, not of the first
+// tile's.
+class Ahead {
+public:
+    // next: of the first panel; the others lie panel_bytes apart. lines: of a panel in a block, and steps of a tile.
+    Ahead(const uint8_t* next, int64_t panel_bytes, int64_t lines, int64_t tile, int64_t tiles)
+        : line_(next + tile * lines / tiles * kLineBytes), panel_bytes_(panel_bytes), every_(tiles) {}
+
+    template <int kPanels>
+    [[gnu::always_inline]] void step() {
+        if (--wait_ > 0) return;
+        wait_ = every_;
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) _mm_prefetch(line_ + p * panel_bytes_, _MM_HINT_T0);
+        line_ += kLineBytes;
+    }
+
+private:
+    const uint8_t* line_;
+    int64_t panel_bytes_, every_, wait_ = 0;
+};
 
 // Calls tile(std::integral_constant<int, rows>()), with rows in 1..kMost.
 template <int kMost, typename Tile>

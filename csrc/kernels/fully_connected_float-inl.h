@@ -18,13 +18,12 @@
 namespace chatglm {
 namespace {
 
-constexpr int kLineBytes = 64;
 // Of a panel: two panels of a block stay in the first-level cache while all rows pass.
 constexpr int kBlockLines = 128;
 // How far ahead rows of x are prefetched, which come from the third-level cache where they are many: 3 KB, measured.
 constexpr int kPrefetchWords = 768;
 // Rows of a tile of two panels (24 accumulators, a register each) and of one of four, which is for no more rows.
-constexpr int kManyRows = 12, kFewRows = 4;
+constexpr int kManyRows = 12, kFewRows = 4, kFewRowsPanels = 4;
 
 // Prepared: words [tile of 12 rows][word][row of the tile].
 template <typename Format>
@@ -58,7 +57,7 @@ void prepare(const PackedLayout& layout, int64_t rows, int, const float* x, int6
 // Adds the products of some lines to the sums [row][panel][16] of a tile.
 template <typename Format, int kRows, int kPanels>
 [[gnu::noinline]] void multiply_tile(const uint8_t* weight, int64_t panel_bytes, int64_t lines, const uint32_t* x,
-                                     float* sums) {
+                                     Ahead ahead, float* sums) {
     Floats sum[kRows][kPanels];
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
@@ -86,6 +85,7 @@ template <typename Format, int kRows, int kPanels>
         for (int word = 0; word < Format::kParts * kRows; word += kLineBytes / 4) {
             _mm_prefetch(x + kPrefetchWords + word, _MM_HINT_T0);
         }
+        if constexpr (kPanels != kFewRowsPanels) ahead.step<kPanels>();
         weight += kLineBytes;
         x += Format::kParts * kRows;
     } while (--lines > 0);
@@ -98,20 +98,24 @@ template <typename Format, int kRows, int kPanels>
 
 template <typename Format, int kPanels>
 void multiply_panels(const FullyConnectedTask& task, int64_t panel) {
-    constexpr int kRows = kPanels == 4 ? kFewRows : kManyRows, kStride = kPanels * kPanel;
+    constexpr int kRows = kPanels == kFewRowsPanels ? kFewRows : kManyRows, kStride = kPanels * kPanel;
     static thread_local Scratch scratch;
     float* sums = scratch.get<float>(task.rows * kStride);
     std::fill(sums, sums + task.rows * kStride, 0.0f);
     const PackedLayout& layout = task.layout;
     const int64_t lines = layout.padded_in() / Format::kColumns, panel_bytes = layout.panel_bytes();
+    const int64_t tiles = (task.rows + kRows - 1) / kRows;
     for (int64_t line = 0; line < lines; line += kBlockLines) {
         const uint8_t* weight = layout.panel(task.weight, panel) + line * kLineBytes;
-        for (int64_t row = 0; row < task.rows; row += kRows) {
+        const int64_t count = std::min<int64_t>(kBlockLines, lines - line);
+        const uint8_t* next = line + count < lines ? weight + count * kLineBytes
+                                                   : layout.panel(task.weight, panel + kPanels);
+        for (int64_t tile = 0, row = 0; row < task.rows; ++tile, row += kRows) {
             with_rows<kRows>(task.rows - row, [&](auto rows) {
                 const auto* x = static_cast<const uint32_t*>(task.prepared) + row * lines * Format::kParts +
                                 line * Format::kParts * rows;
-                const int64_t count = std::min<int64_t>(kBlockLines, lines - line);
-                multiply_tile<Format, rows, kPanels>(weight, panel_bytes, count, x, sums + row * kStride);
+                const Ahead ahead(next, panel_bytes, count, tile, tiles);
+                multiply_tile<Format, rows, kPanels>(weight, panel_bytes, count, x, ahead, sums + row * kStride);
             });
         }
     }
@@ -122,7 +126,9 @@ template <typename Format>
 void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
     int64_t panel = begin;
     if (task.rows <= kFewRows) {
-        for (; panel + 4 <= end; panel += 4) multiply_panels<Format, 4>(task, panel);
+        for (; panel + kFewRowsPanels <= end; panel += kFewRowsPanels) {
+            multiply_panels<Format, kFewRowsPanels>(task, panel);
+        }
     }
     for (; panel + 2 <= end; panel += 2) multiply_panels<Format, 2>(task, panel);
     if (panel < end) multiply_panels<Format, 1>(task, panel);
@@ -130,7 +136,7 @@ void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
 
 template <typename Format>
 FullyConnectedKernel kernel() {
-    return {prepared_bytes<Format>, prepare<Format>, kManyRows, multiply<Format>};
+    return {prepared_bytes<Format>, prepare<Format>, multiply<Format>};
 }
 
 }  // namespace

@@ -57,10 +57,8 @@ struct FullyConnectedKernel {
     // Bytes of `prepared` for that many rows.
     int64_t (*prepared_bytes)(const PackedLayout& layout, int64_t rows, int activation_bits);
     // Fills the part of `prepared` of the rows [begin, end) of x [rows, in_features], rows x_stride floats apart.
-    // begin and end are multiples of prepare_step, or the end is `rows`.
     void (*prepare)(const PackedLayout& layout, int64_t rows, int activation_bits, const float* x, int64_t x_stride,
                     int64_t begin, int64_t end, void* prepared);
-    int64_t prepare_step;
     // Output features of the panels [begin, end), all rows. With silu_gate both are even.
     void (*multiply)(const FullyConnectedTask& task, int64_t begin, int64_t end);
 };

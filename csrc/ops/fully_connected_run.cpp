@@ -15,7 +15,7 @@ void run_rows(const KernelTable& table, const FullyConnectedCall& call, int64_t 
     const int64_t columns = call.layout.in_features;
     const float* x = call.x + begin * columns;
     float* normal = call.norm.weight == nullptr ? nullptr : normed.get<float>(rows * columns);
-    team.pieces(rows, kernel.prepare_step, 1, [&](int64_t first, int64_t last) {
+    team.pieces(rows, 1, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; normal != nullptr && i < last; ++i) {
             call.norm.apply(table.elementwise, x + i * columns, columns, normal + i * columns);
         }

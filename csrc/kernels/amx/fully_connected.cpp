@@ -1,7 +1,6 @@
 // By the number of rows: the kernels of the levels below, or tiles.
 #include "kernels/amx/fully_connected.h"
 
-#include <numeric>
 #include <stdexcept>
 
 #include "kernels/amx/blocking.h"
@@ -47,8 +46,7 @@ void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
 
 template <WeightFormat kFormat>
 FullyConnectedKernel by_rows() {
-    const int64_t step = std::lcm(choose<kFormat>(1).prepare_step, choose<kFormat>(kMaxRows).prepare_step);
-    return {prepared_bytes<kFormat>, prepare<kFormat>, step, multiply<kFormat>};
+    return {prepared_bytes<kFormat>, prepare<kFormat>, multiply<kFormat>};
 }
 
 }  // namespace

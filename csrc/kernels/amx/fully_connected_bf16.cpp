@@ -132,7 +132,7 @@ void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
 }  // namespace
 
 FullyConnectedKernel fully_connected_bf16() {
-    return {prepared_bytes, prepare, 1, multiply};
+    return {prepared_bytes, prepare, multiply};
 }
 
 }  // namespace chatglm::CHATGLM_AMX_LEVEL

@@ -48,7 +48,7 @@ void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
 }  // namespace
 
 FullyConnectedKernel fully_connected_int8() {
-    return {prepared_bytes_quantized, prepare_quantized, 1, multiply};
+    return {prepared_bytes_quantized, prepare_quantized, multiply};
 }
 
 }  // namespace chatglm::CHATGLM_AMX_LEVEL

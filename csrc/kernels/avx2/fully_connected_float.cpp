@@ -141,11 +141,11 @@ void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
 }  // namespace
 
 FullyConnectedKernel fully_connected_f32() {
-    return {prepared_bytes, prepare, 1, multiply<F32>};
+    return {prepared_bytes, prepare, multiply<F32>};
 }
 
 FullyConnectedKernel fully_connected_bf16() {
-    return {prepared_bytes, prepare, 1, multiply<Bf16>};
+    return {prepared_bytes, prepare, multiply<Bf16>};
 }
 
 }  // namespace chatglm::avx2

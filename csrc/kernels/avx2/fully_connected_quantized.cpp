@@ -316,11 +316,11 @@ void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
 }  // namespace
 
 FullyConnectedKernel fully_connected_int8() {
-    return {prepared_bytes, prepare, 1, multiply<Int8>};
+    return {prepared_bytes, prepare, multiply<Int8>};
 }
 
 FullyConnectedKernel fully_connected_int4() {
-    return {prepared_bytes, prepare, 1, multiply<Int4>};
+    return {prepared_bytes, prepare, multiply<Int4>};
 }
 
 }  // namespace chatglm::avx2

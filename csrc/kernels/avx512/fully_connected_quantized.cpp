@@ -16,9 +16,9 @@ namespace {
 
 // Accumulators of the largest tile, a register each, of 32.
 constexpr int kAccumulators = 24;
-constexpr int kLineBytes = 64;
 // Conversions under this mask are the plain instructions; GCC 12 warns of its own header's form without one.
 constexpr __mmask16 kAll = 0xffff;
+constexpr __mmask32 kAllBytes = 0xffffffff;
 
 // How far ahead weights are prefetched into the second-level cache, and from how many operations a line on: the
 // processor's own prefetcher does not run ahead of a loop that fills its queues with what waits for each line. Fewer
@@ -68,15 +68,25 @@ int64_t prepared_bytes(const PackedLayout& layout, int64_t rows, int activation_
     return Prepared(nullptr, layout, rows, activation_bits).bytes;
 }
 
+// The high bytes of 4 columns before their low bytes, eight times; without a second plane the low bytes only.
+template <int kPlanes>
+__m512i in_words(__m512i columns) {
+    const __m256i low = _mm512_maskz_cvtepi16_epi8(kAllBytes, columns);
+    if constexpr (kPlanes == 1) return _mm512_castsi256_si512(low);
+    const __m512i rest = _mm512_sub_epi16(columns, _mm512_cvtepi8_epi16(low));
+    const __m256i high = _mm512_maskz_cvtepi16_epi8(kAllBytes, _mm512_srai_epi16(rest, 8));
+    const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return _mm512_permutex2var_epi32(_mm512_castsi256_si512(high), order, _mm512_castsi256_si512(low));
+}
+
 // One row of one block into its places: `out` at the row, `stride` bytes between its groups of 4 columns.
 template <int kPlanes>
 void pack_row(const int16_t* q, int64_t columns, int8_t* out, int64_t stride) {
-    for (int64_t k = 0; k < columns; k += 4, out += stride) {
-        for (int i = 0; i < 4; ++i) {
-            const auto low = static_cast<int8_t>(q[k + i]);
-            out[(kPlanes - 1) * 4 + i] = low;
-            if constexpr (kPlanes == 2) out[i] = static_cast<int8_t>((q[k + i] - low) >> 8);
-        }
+    constexpr int64_t kColumns = 32, kWord = kPlanes * 4;
+    alignas(kLineBytes) int8_t words[kLineBytes];
+    for (int64_t k = 0; k < columns; k += kColumns) {
+        _mm512_store_si512(words, in_words<kPlanes>(_mm512_loadu_si512(q + k)));
+        for (int64_t i = 0; i < kColumns / 4; ++i, out += stride) std::memcpy(out, words + i * kWord, kWord);
     }
 }
 
@@ -243,7 +253,9 @@ template <int kOperations, int kPanels>
         lines[p] = _mm512_loadu_si512(line);
         asm volatile("" : "+v"(lines[p]));
         prefetch_near(line);
-        if constexpr (kOperations >= kFarOperations) prefetch_far(line, lines_left, kPanels, panel_bytes);
+        if constexpr (kOperations >= kFarOperations && kPanels == kFewRowsPanels) {
+            prefetch_far(line, lines_left, kPanels, panel_bytes);
+        }
     }
 }
 
@@ -287,7 +299,7 @@ template <typename Group, int kRows, int kPanels, int kPlanes>
 // Adds the products of one group to the sums [row][panel][16] of a tile.
 template <typename Format, int kRows, int kPanels, int kPlanes>
 [[gnu::always_inline]] inline void multiply_group(const GroupOfTile& group, const typename Format::Group* factors,
-                                                  float* out) {
+                                                  Ahead& ahead, float* out) {
     TileSums<kRows, kPanels, kPlanes> sums;
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
@@ -305,6 +317,7 @@ template <typename Format, int kRows, int kPanels, int kPlanes>
     do {
         __m512i lines[kPanels];
         load_lines<Format::operations(kRows * kPlanes)>(lines, weight, group.panel_bytes, steps + group.lines_behind);
+        if constexpr (kPanels != kFewRowsPanels) ahead.step<kPanels>();
 #pragma GCC unroll 2
         for (int part = 0; part < Format::kStep / 4; ++part) {
             add_products<Format, kRows, kPanels, kPlanes>(sums, lines, codes, part);
@@ -322,7 +335,8 @@ struct BlockOfTile {
 
 // Adds the products of one block to the sums [row][panel][16] of a tile.
 template <typename Format, int kRows, int kPanels, int kPlanes>
-[[gnu::noinline]] void multiply_tile(const Weight& weight, const Prepared& x, const BlockOfTile& at, float* sums) {
+[[gnu::noinline]] void multiply_tile(const Weight& weight, const Prepared& x, const BlockOfTile& at, Ahead ahead,
+                                     float* sums) {
     const int64_t start = at.block * kActivationBlock;
     GroupOfTile group{Format::group_columns(weight, at.columns),
                       weight.panel_bytes / kLineBytes - start / Format::kStep,
@@ -339,7 +353,7 @@ template <typename Format, int kRows, int kPanels, int kPlanes>
         if constexpr (kPanels == kFewRowsPanels) Format::Group::prefetch(weight, at.panel + kPanels, index, kPanels);
         group.corrections = x.correction(index, at.row);
         group.lines_behind -= group.columns / Format::kStep;
-        multiply_group<Format, kRows, kPanels, kPlanes>(group, factors, sums);
+        multiply_group<Format, kRows, kPanels, kPlanes>(group, factors, ahead, sums);
         group.weight += group.columns / Format::kStep * kLineBytes;
         group.codes += group.columns * kRows * kPlanes;
     }
@@ -351,11 +365,17 @@ void multiply_panels(const FullyConnectedTask& task, const Weight& weight, const
     static thread_local Scratch scratch;
     float* sums = scratch.get<float>(task.rows * kStride);
     std::fill(sums, sums + task.rows * kStride, 0.0f);
+    const int64_t tiles = (task.rows + kRows - 1) / kRows;
     for (int64_t block = 0; block < x.blocks; ++block) {
-        const int64_t columns = block_columns(task.layout, block);
-        for (int64_t row = 0; row < task.rows; row += kRows) {
+        const int64_t columns = block_columns(task.layout, block), lines = columns / Format::kStep;
+        const uint8_t* next =
+            block + 1 == x.blocks
+                ? weight.codes + (panel + kPanels) * weight.panel_bytes
+                : weight.codes + panel * weight.panel_bytes + (block + 1) * kActivationBlock / Format::kStep * kLineBytes;
+        for (int64_t tile = 0, row = 0; tile < tiles; ++tile, row += kRows) {
             with_rows<kRows>(task.rows - row, [&](auto rows) {
-                multiply_tile<Format, rows, kPanels, kPlanes>(weight, x, {block, columns, panel, row},
+                const Ahead ahead(next, weight.panel_bytes, lines, tile, tiles);
+                multiply_tile<Format, rows, kPanels, kPlanes>(weight, x, {block, columns, panel, row}, ahead,
                                                               sums + row * kStride);
             });
         }
@@ -391,11 +411,11 @@ void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
 namespace avx512 {
 
 FullyConnectedKernel fully_connected_int8() {
-    return {prepared_bytes, prepare, tile_rows(1), multiply<Int8>};
+    return {prepared_bytes, prepare, multiply<Int8>};
 }
 
 FullyConnectedKernel fully_connected_int4() {
-    return {prepared_bytes, prepare, tile_rows(1), multiply<Int4>};
+    return {prepared_bytes, prepare, multiply<Int4>};
 }
 
 }  // namespace avx512

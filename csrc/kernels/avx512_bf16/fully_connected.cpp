@@ -52,7 +52,7 @@ void choose_multiply(const FullyConnectedTask& task, int64_t begin, int64_t end)
 namespace avx512_bf16 {
 
 FullyConnectedKernel fully_connected_bf16() {
-    return {choose_prepared_bytes, choose_prepare, kManyRows, choose_multiply};
+    return {choose_prepared_bytes, choose_prepare, choose_multiply};
 }
 
 }  // namespace avx512_bf16
