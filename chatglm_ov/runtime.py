@@ -19,7 +19,7 @@ from chatglm_ov import in_place
 from chatglm_ov.chains import chain_operations
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.fuse_norms import fuse_norms
+from chatglm_ov.fuse_norms import fuse_norms, fuse_residuals
 from chatglm_ov.huge_pages import advise_huge_pages
 from chatglm_ov.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, KVCache, PluginCache
 from chatglm_ov.last_rows import take_last_rows_early
@@ -204,6 +204,7 @@ def _fused_properties(model: ov.Model, settings: Settings, device: str) -> dict[
                 node.set_attribute("activation_bits", settings.activation_bits)
     take_last_rows_early(model)
     fuse_norms(model)
+    fuse_residuals(model)
     if in_place.works_in_place():
         chain_operations(model)
     else:

@@ -258,7 +258,7 @@ def test_a_chain_runs_its_steps(core, factory):
     ("steps", "results", "message"),
     [
         (["Nothing 0"], [0], "step 'Nothing', wanted FullyConnected, MultiHeadAttention, Norm, LastRows, Embedding or"),
-        (["Norm 0 1 kind=rms"], [0], "no attribute eps"),
+        (["Norm 0 1 kind=rms residual=0"], [0], "no attribute eps"),
         (["{norm} 1 0"], [0], "wanted input 0 in the first step"),
         (["{norm} 0 1", "{norm} 0 1"], [0], "wanted input 0 in the first step and a result in others"),
         (["{norm} 0 1", "{norm} @1 1"], [1], "step 1 reads the result 1"),
@@ -276,7 +276,8 @@ def test_a_chain_that_cannot_run_is_refused(factory, steps, results, message):
     version = f"packing_version={native().PACKING_VERSION}"
     lines = [line.replace("{version}", version) for line in steps]
     lines = [
-        f"{line.replace('{norm}', 'Norm')} kind=rms eps=1e-5 {version}" if "{norm}" in line else line for line in lines
+        f"{line.replace('{norm}', 'Norm')} kind=rms eps=1e-5 residual=0 {version}" if "{norm}" in line else line
+        for line in lines
     ]
     with pytest.raises(RuntimeError, match=message):
         factory.create("Chain", inputs, {"steps": lines, "results": results})
@@ -287,7 +288,7 @@ def test_constants_of_a_chain_are_no_inputs(core, factory):
     rng = np.random.default_rng(6)
     table, weight = rng.standard_normal((50, 24)).astype(np.float32), rng.standard_normal(24).astype(np.float32)
     version = f"packing_version={native().PACKING_VERSION}"
-    steps = [f"EmbeddingRows 0 #0 hidden_size=24 {version}", f"Norm @0 #1 kind=rms eps=1e-5 {version}"]
+    steps = [f"EmbeddingRows 0 #0 hidden_size=24 {version}", f"Norm @0 #1 kind=rms eps=1e-5 residual=0 {version}"]
     ids = parameter([-1, -1], np.int32)
     inputs = [ids.output(0), *(opset.constant(array).output(0) for array in (table, weight))]
     chain = factory.create("Chain", inputs, {"steps": steps, "results": [0, 1]})
@@ -304,7 +305,7 @@ def test_constants_of_a_chain_are_no_inputs(core, factory):
 
 def test_what_varies_is_no_constant_of_a_chain(factory):
     inputs = [parameter([-1, -1, 40]).output(0), parameter([40]).output(0)]
-    step = f"Norm 0 #0 kind=rms eps=1e-5 packing_version={native().PACKING_VERSION}"
+    step = f"Norm 0 #0 kind=rms eps=1e-5 residual=0 packing_version={native().PACKING_VERSION}"
     with pytest.raises(RuntimeError, match="wanted a constant"):
         factory.create("Chain", inputs, {"steps": [step], "results": [0]})
 
@@ -320,7 +321,7 @@ def test_last_rows(core, factory, chained):
     x, count = parameter([-1, -1, 24]), parameter([1], np.int32)
     ones = opset.constant(np.ones(24, np.float32)).output(0)
     if chained:
-        norm = f"kind=rms eps=0.25 packing_version={native().PACKING_VERSION}"
+        norm = f"kind=rms eps=0.25 residual=0 packing_version={native().PACKING_VERSION}"
         version = f"packing_version={native().PACKING_VERSION}"
         steps = [f"Norm 0 1 {norm}", f"LastRows @0 2 {version}", f"Norm @1 1 {norm}"]
         inputs = [x.output(0), ones, count.output(0)]
@@ -403,22 +404,33 @@ def test_an_embedding_that_cannot_be_read_is_refused(core, factory):
             model([np.array([[wrong]], np.int32)])
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_norm(core, factory, kind):
+def test_norm(core, factory, kind, residual):
     rng = np.random.default_rng(2)
     values = rng.standard_normal((2, 3, 37)).astype(np.float32) * 3 + 1
     weight, bias = rng.standard_normal((2, 37)).astype(np.float32)
     x = parameter([-1, -1, 37])
     constants = [weight] if kind == "rms" else [weight, bias]
     inputs = [x.output(0), *(opset.constant(c).output(0) for c in constants)]
-    node = factory.create("Norm", inputs, {"kind": kind, "eps": 1e-5})
-    seen = compiled(core, [node.output(0)], [x])([values])[0]
+    added = rng.standard_normal((2, 3, 37)).astype(np.float32)
+    others = [parameter([-1, -1, 37])] if residual else []
+    inputs += [other.output(0) for other in others]
+    node = factory.create("Norm", inputs, {"kind": kind, "eps": 1e-5, "residual": int(residual)})
+    seen = compiled(core, [node.output(0)], [x, *others])([values, added][: 1 + residual])[0]
     v = values.astype(np.float64)
     if kind == "rms":
         wanted = v / np.sqrt((v**2).mean(-1, keepdims=True) + 1e-5) * weight
     else:
         wanted = (v - v.mean(-1, keepdims=True)) / np.sqrt(v.var(-1, keepdims=True) + 1e-5) * weight + bias
-    np.testing.assert_allclose(seen, wanted, rtol=0, atol=37 * 2**-23 * np.abs(wanted).max())
+    atol = 37 * 2**-23 * np.abs(wanted).max()
+    np.testing.assert_allclose(seen, wanted + added if residual else wanted, rtol=0, atol=atol)
+
+
+def test_a_residual_of_another_shape_is_refused(factory):
+    inputs = [parameter(shape).output(0) for shape in ([1, 3, 37], [37], [1, 3, 36])]
+    with pytest.raises(RuntimeError, match="a residual of shape"):
+        factory.create("Norm", inputs, {"kind": "rms", "eps": 1e-5, "residual": 1})
 
 
 def rotated(x, angles):

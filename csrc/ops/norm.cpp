@@ -7,14 +7,19 @@ namespace chatglm {
 void Norm::validate_and_infer_types() {
     check_version();
     OPENVINO_ASSERT(kind_ == "rms" || kind_ == "layer", "Norm: kind '", kind_, "', wanted rms or layer");
-    check_inputs(kind_ == "rms" ? 2 : 3);
+    check_inputs((kind_ == "rms" ? 2 : 3) + static_cast<size_t>(residual_));
     for (size_t i = 0; i < get_input_size(); ++i) check_type(i, ov::element::f32);
+    if (residual_) {
+        const auto &x = get_input_partial_shape(0), &residual = get_input_partial_shape(get_input_size() - 1);
+        OPENVINO_ASSERT(x.compatible(residual), "Norm: a residual of shape ", residual, ", wanted ", x);
+    }
     set_output_type(0, ov::element::f32, get_input_partial_shape(0));
 }
 
 bool Norm::visit_attributes(ov::AttributeVisitor& visitor) {
     visitor.on_attribute("kind", kind_);
     visitor.on_attribute("eps", eps_);
+    visitor.on_attribute("residual", residual_);
     return Operation::visit_attributes(visitor);
 }
 
@@ -24,9 +29,13 @@ void Norm::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& 
     const int64_t rows = static_cast<int64_t>(inputs[0].get_size()) / size;
     const RowNorm norm{inputs[1].data<const float>(), kind_ == "layer" ? inputs[2].data<const float>() : nullptr, eps_};
     const auto* x = inputs[0].data<const float>();
+    const float* residual = residual_ ? inputs.back().data<const float>() : nullptr;
     float* y = outputs[0].data<float>();
     team.pieces(rows, 4, 2, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) norm.apply(kernel, x + i * size, size, y + i * size);
+        for (int64_t i = begin; i < end; ++i) {
+            norm.apply(kernel, x + i * size, size, y + i * size);
+            for (int64_t k = i * size; residual != nullptr && k < (i + 1) * size; ++k) y[k] += residual[k];
+        }
     });
 }
 
