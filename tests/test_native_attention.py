@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no native li
 
 U = 2.0**-24
 BF16_U = 2.0**-8
+WORD_U = (1 + 4 * U) / (2 * 32767)
 TINY = 2.0**-126
 BLOCK = 32
 STEP = 256  # slots between two changes of a row's maximum
@@ -42,12 +43,14 @@ def isa(request):
 
 @dataclass
 class Cache:
-    """One head's blocks u8 [n, block_bytes], and the keys and values in them as float64 [slots, head_dim]."""
+    """One head's blocks u8 [n, block_bytes], and the keys and values in them as float64 [slots, head_dim], with the
+    scales [slots] of the values."""
 
     type: str
     blocks: np.ndarray
     keys: np.ndarray
     values: np.ndarray
+    value_scales: np.ndarray
 
     @property
     def slots(self):
@@ -96,7 +99,7 @@ def make_cache(cache_type, keys, values, garbage=0xFF):
         of_slots[:slots] = scale
         scales.append(of_slots.view(np.uint8).reshape(count, -1))
     blocks = np.concatenate(parts + (scales if cache_type == "int8" else []), axis=1)
-    return Cache(cache_type, blocks, *stored)
+    return Cache(cache_type, blocks, *stored, scale.astype(np.float64))
 
 
 def random_cache(cache_type, head_dim, slots, seed=0, garbage=0xFF):
@@ -123,19 +126,41 @@ def multiplies_in_bf16(isa, cache_type):
     return cache_type == "bf16" and isa in ("avx512_bf16", "amx", "amx_emulated")
 
 
-def check(isa, cache, query, visible, begin=0, end=None):
-    """A score is a chain of D' multiply-adds (and int8's scale): off by B = (D' + 2) u sum |q| |k|. p = exp(score -
-    max) is off, relatively, by B, by the rounding of its argument, |score - max| u, by a unit in the last place (2 u)
-    and int8's scale (u), and by 3 u for every later step, whose exp and product bring it to a new max; all relative
-    to the max that is returned. Its sum adds up in at most 32 + 4 + steps roundings, the context in a chain over the
-    slots. p below the smallest normal number is 0.
+def multiplies_words(isa, cache_type):
+    return cache_type == "int8" and isa != "avx2"
 
-    Where a bf16 cache is multiplied in bf16, queries are two bf16 numbers and p is one.
+
+def score_bound(isa, cache_type, k, q):
+    """A score is a chain of D' multiply-adds (and int8's scale): off by B = (D' + 2) u sum |q| |k|. Where a bf16 cache
+    is multiplied in bf16, queries are two bf16 numbers. Where an int8 cache is multiplied in words, the elements of a
+    query are off by half a 32767th of the largest, and the sum is exact but for its factors."""
+    size, padded = np.abs(k) @ np.abs(q), -(-len(q) // 16) * 16
+    if multiplies_in_bf16(isa, cache_type):
+        return size * (BF16_U**2 + (2 * padded + 4) * U)
+    if multiplies_words(isa, cache_type):
+        return size * 6 * U + np.abs(k).sum(axis=1) * WORD_U * np.abs(q).max()
+    return size * (padded + 2) * U
+
+
+def weight_error(cache, p, begin, n):
+    """What words of p times the scale of its value add to the error of a context: half a 32767th of the largest of each
+    step. p [n] of the slots from `begin` on, with what it is off by."""
+    scales = cache.value_scales[begin : begin + n]
+    largest = np.maximum.reduceat(p * scales, np.arange(0, n, STEP)).repeat(STEP)[:n]
+    return (WORD_U * largest / scales) @ np.abs(cache.values[begin : begin + n])
+
+
+def check(isa, cache, query, visible, begin=0, end=None):
+    """With a score off by B (`score_bound`), p = exp(score - max) is off, relatively, by B, by the rounding of its
+    argument, |score - max| u, by a unit in the last place (2 u) and int8's scale (u), and by 3 u for every later step,
+    whose exp and product bring it to a new max; all relative to the max that is returned. Its sum adds up in at most
+    32 + 4 + steps roundings, the context in a chain over the slots. p below the smallest normal number is 0.
+
+    Where a bf16 cache is multiplied in bf16, p is a bf16 number; `weight_error` has that of words.
     """
-    rows, head_dim = query.shape
-    in_bf16 = multiplies_in_bf16(isa, cache.type)
+    in_bf16, in_words = multiplies_in_bf16(isa, cache.type), multiplies_words(isa, cache.type)
     end = cache.slots if end is None else end
-    visible = np.broadcast_to(visible, rows)
+    visible = np.broadcast_to(visible, len(query))
     context, peak, total = attend(isa, cache, query, visible, begin, end)
     for row, q in enumerate(query.astype(np.float64)):
         n = max(0, min(end, visible[row]) - begin)
@@ -146,14 +171,15 @@ def check(isa, cache, query, visible, begin=0, end=None):
             continue
         k, v = cache.keys[begin : begin + n], cache.values[begin : begin + n]
         scores, steps = k @ q, -(-n // STEP)
-        padded = -(-head_dim // 16) * 16
-        bound = np.abs(k) @ np.abs(q) * ((padded + 2) * U if not in_bf16 else BF16_U**2 + (2 * padded + 4) * U)
+        bound = score_bound(isa, cache.type, k, q)
         assert abs(peak[row] - scores.max()) <= bound.max()
         below = np.abs(scores - peak[row]) + bound
         relative = np.expm1(bound + below * U + (3 + 3 * steps) * U + (BF16_U if in_bf16 else 0))
         p = np.exp(scores - peak[row])
         assert abs(total[row] - p.sum()) <= p @ (relative + (36 + steps + (n if in_bf16 else 0)) * U) + n * TINY
         error = (p * (relative + (n + 2) * U)) @ np.abs(v) + TINY * np.abs(v).sum(axis=0)
+        if in_words:
+            error += weight_error(cache, p * (1 + relative), begin, n)
         assert (np.abs(context[row] - p @ v) <= error).all()
 
 
@@ -247,7 +273,8 @@ def test_attend_reads_what_append_wrote(isa, cache_type):
     for slot, token in enumerate(zip(keys, values, strict=True)):
         native().append(isa, cache_type, 20, blocks[slot // BLOCK], slot % BLOCK, *token)
         decoded.append([codes.astype(np.float64) * scale for codes, scale in (encoded(cache_type, x) for x in token)])
-    cache = Cache(cache_type, blocks, *np.array(decoded).transpose(1, 0, 2))
+    scales = np.array([encoded(cache_type, value)[1] for value in values], np.float64)
+    cache = Cache(cache_type, blocks, *np.array(decoded).transpose(1, 0, 2), scales)
     check(isa, cache, random_query(5, 20), 45)
 
 
@@ -402,10 +429,14 @@ def test_merged_ranges_are_one_range(isa, cache_type):
         p = np.exp(scores - scores.max())
         context, peak, total = folded(isa, [[part[i][row] for i in range(3)] for part in parts])
         in_bf16 = multiplies_in_bf16(isa, cache_type)
-        bound = np.abs(k) @ np.abs(q) * (66 * U if not in_bf16 else BF16_U**2 + 132 * U)
+        bound = score_bound(isa, cache_type, k, q)
         assert abs(peak - scores.max()) <= bound.max()
         roundings = (n + 40 + 6 * len(cuts) + 2 * np.ptp(scores)) * U + (BF16_U if in_bf16 else 0)
         error = np.expm1(2 * (bound.max() + roundings)) * (p @ np.abs(v)) / p.sum()
+        if multiplies_words(isa, cache_type):
+            # The steps of a part begin where it does: the largest of all bounds those of each.
+            words = cache.value_scales[:n]
+            error += 3 * WORD_U * ((p * words).max() / words) @ np.abs(v) / p.sum()
         assert (np.abs(context / total - p @ v / p.sum()) <= error).all()
 
 
