@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "kernels/fully_connected_float-inl.h"
-#include "kernels/half.h"
 #include "kernels/levels.h"
 
 namespace chatglm {
@@ -21,11 +20,12 @@ struct Dot {
         return Floats(_mm512_dpbf16_ps(__m512(sum), (__m512bh)weights, (__m512bh)x));
     }
 
+    // columns is a multiple of 32, as K is padded.
     static void convert(const float* x, int64_t count, int64_t columns, uint32_t* words) {
-        for (int64_t i = 0; i < columns; i += 2) {
-            const uint32_t even = i < count ? bf16_of_float(x[i]) : 0u;
-            const uint32_t odd = i + 1 < count ? bf16_of_float(x[i + 1]) : 0u;
-            words[i / 2] = even | odd << 16;
+        for (int64_t i = 0; i < columns; i += 2 * kLanes) {
+            const Floats first = load_before(x, i, count), second = load_before(x, i + kLanes, count);
+            const __m512bh pairs = _mm512_cvtne2ps_pbh(__m512(second), __m512(first));
+            std::memcpy(words + i / 2, &pairs, sizeof pairs);
         }
     }
 };
