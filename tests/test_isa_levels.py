@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 FILES = ("test_runtime.py", "test_lowering_fused.py", "test_kv_cache.py")
 CHOSEN = "(fused or kv_cache) and not v1_28l"
 """The deep set is of sizes that a tiny one has as well."""
-LEVELS = native().ISA_LEVELS if unavailable() is None else ("avx2", "avx512", "avx512_bf16", "amx")
+LEVELS = native().ISA_LEVELS if unavailable() is None else ("avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 
 pytestmark = without_library
 

@@ -24,7 +24,7 @@ WORD_U = (1 + 4 * U) / (2 * 32767)
 TINY = 2.0**-126
 BLOCK = 32
 STEP = 256  # slots between two changes of a row's maximum
-LEVELS = ("avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
+LEVELS = ("avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "amx_emulated")
 TYPES = ("f32", "bf16", "int8")
 STORED = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "int8": np.int8}
 HEAD_DIMS = (128, 64, 80, 16, 8, 20, 7)
@@ -127,7 +127,7 @@ def multiplies_in_bf16(isa, cache_type):
 
 
 def multiplies_words(isa, cache_type):
-    return cache_type == "int8" and isa != "avx2"
+    return cache_type == "int8" and isa not in ("avx2", "avx_vnni")
 
 
 def score_bound(isa, cache_type, k, q):

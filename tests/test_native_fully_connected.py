@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no native li
 U = 2.0**-24
 TINY = 2.0**-126
 BLOCK = 512
-LEVELS = ("avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
+LEVELS = ("avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "amx_emulated")
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 16, 17, 25, 33, 64)
 
 

@@ -13,7 +13,7 @@ from chatglm_ov.native import native, unavailable
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"no native library: {unavailable()}")
 
-LEVELS = ("avx2", "avx512", "avx512_bf16", "amx")
+LEVELS = ("avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 PROT_NONE = 0
 
 

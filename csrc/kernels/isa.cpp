@@ -17,6 +17,12 @@ bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
+// Bit 4 of EAX of CPUID leaf 7, subleaf 1.
+bool has_avx_vnni() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & 1u << 4) != 0;
+}
+
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -56,7 +62,8 @@ std::string names_of(const std::vector<Isa>& levels) {
 }  // namespace
 
 bool is_present(Isa isa) {
-    static const std::array<bool, 4> present{has_avx2(), has_avx512(), has_avx512_bf16(), has_amx()};
+    static const std::array<bool, kIsaNames.size()> present{has_avx2(), has_avx_vnni(), has_avx512(),
+                                                            has_avx512_bf16(), has_amx()};
     return present[static_cast<size_t>(isa)];
 }
 
@@ -76,13 +83,13 @@ Isa parse_isa(const std::string& wanted) {
             return static_cast<Isa>(i);
         }
     }
-    throw std::invalid_argument("CHATGLM_OV_ISA: '" + wanted + "', wanted one of avx2, avx512, avx512_bf16, amx");
+    throw std::invalid_argument("CHATGLM_OV_ISA: '" + wanted + "', wanted one of avx2, avx_vnni, avx512, avx512_bf16, amx");
 }
 
 Isa selected_isa() {
     const auto present = present_levels();
     if (present.empty()) {
-        throw std::runtime_error("processor: no AVX2, wanted one of avx2, avx512, avx512_bf16, amx");
+        throw std::runtime_error("processor: no AVX2, wanted one of avx2, avx_vnni, avx512, avx512_bf16, amx");
     }
     const char* forced = std::getenv("CHATGLM_OV_ISA");
     if (forced == nullptr || *forced == '\0') {

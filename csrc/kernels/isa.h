@@ -7,15 +7,16 @@
 
 namespace chatglm {
 
-// In rising order: a level's kernels include those of the levels below it.
+// In rising order: the later is the faster where a processor has both. Each needs what AVX2 does.
 enum class Isa {
     avx2,         // AVX2, FMA, F16C
-    avx512,       // + AVX-512 F, BW, DQ, VL, VNNI
+    avx_vnni,     // + AVX-VNNI
+    avx512,       // AVX2 + AVX-512 F, BW, DQ, VL, VNNI
     avx512_bf16,  // + AVX-512 BF16
     amx,          // + AMX tiles, int8, bf16, with the permission of the system
 };
 
-constexpr std::array<const char*, 4> kIsaNames{"avx2", "avx512", "avx512_bf16", "amx"};
+constexpr std::array<const char*, 5> kIsaNames{"avx2", "avx_vnni", "avx512", "avx512_bf16", "amx"};
 
 inline const char* name(Isa isa) {
     return kIsaNames[static_cast<size_t>(isa)];

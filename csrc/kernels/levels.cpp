@@ -34,6 +34,20 @@ const KernelTable& table() {
 }
 }  // namespace avx2
 
+namespace avx_vnni {
+const KernelTable& table() {
+    static const KernelTable table = [] {
+        KernelTable level = avx2::table();
+        level.isa = Isa::avx_vnni;
+        level.fully_connected[static_cast<int>(WeightFormat::int8)] = fully_connected_int8();
+        level.fully_connected[static_cast<int>(WeightFormat::int4)] = fully_connected_int4();
+        level.limit = limit();
+        return level;
+    }();
+    return table;
+}
+}  // namespace avx_vnni
+
 namespace avx512 {
 const KernelTable& table() {
     static const KernelTable table = whole_table(Isa::avx512, fully_connected, attention(), elementwise(), limit());

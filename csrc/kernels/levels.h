@@ -13,6 +13,14 @@ ElementwiseKernel elementwise();
 LimitKernel limit();
 }  // namespace avx2
 
+// What AVX2 has, with VNNI in registers of 256 bits.
+namespace avx_vnni {
+const KernelTable& table();
+FullyConnectedKernel fully_connected_int8();
+FullyConnectedKernel fully_connected_int4();
+LimitKernel limit();
+}  // namespace avx_vnni
+
 namespace avx512 {
 const KernelTable& table();
 FullyConnectedKernel fully_connected(WeightFormat format);

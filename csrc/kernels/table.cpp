@@ -20,6 +20,7 @@ const KernelTable& kernels(Isa isa) {
     }
     switch (isa) {
         case Isa::avx2: return avx2::table();
+        case Isa::avx_vnni: return avx_vnni::table();
         case Isa::avx512: return avx512::table();
         case Isa::avx512_bf16: return avx512_bf16::table();
         default: return amx::table();
