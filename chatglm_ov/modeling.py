@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chatglm_ov.config import ArchitectureConfig, read_config_json
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.generation.cache import Session, StateCache
+from chatglm_ov.generation.cache import CACHE_NAME, Session, StateCache, one_cache
 from chatglm_ov.generation.chat import ChatMixin
 from chatglm_ov.generation.inputs import Step, pieces, prepare
 from chatglm_ov.generation.mixin import StatefulGenerationMixin
@@ -131,20 +131,22 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         return_dict: bool | None = True,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: StateCache | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of the next token after each column, float32 [B, L, V], and the cache.
 
         `input_ids` int64 [B, L]. `attention_mask` None (every column is seen), int or bool [B, past + L] with
         1 = token, or the first generation's [B, 1, L, past + L] with 1 = not seen. `position_ids` int64 [B, L]
         ([B, 2, L] in the first generation), None: as the original makes them. `past_key_values` None begins a new
-        sequence; the cache that the last call returned continues it. `logits_to_keep` n > 0: the last n only.
+        sequence; the cache that the last call returned continues it; `cache` is its name from transformers 5.24 on.
+        `logits_to_keep` n > 0: the last n only.
         `prompt_copies` n: each row is computed and stored once, and stands for n rows of the result and of the cache.
         Long inputs are computed in pieces; `prompt_progress` is told of them.
         """
         _refuse(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ChatGLMError("forward", "logits_to_keep", logits_to_keep, "0 (all) or a number of last columns")
-        cache = self._checked_cache(past_key_values)
+        cache = self._checked_cache(one_cache({"past_key_values": past_key_values, "cache": cache}))
         if cache is not None and cache.get_seq_length() == 0:
             cache = None
         step = prepare(self.compiled, input_ids, attention_mask, position_ids, cache)
@@ -156,7 +158,7 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
             logits = logits.repeat(prompt_copies, axis=0)
             cache.batch_repeat_interleave(prompt_copies)
         handle = cache if use_cache is not False else None
-        output = CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=handle)
+        output = CausalLMOutputWithPast(logits=torch.from_numpy(logits), **{CACHE_NAME: handle})  # type: ignore[arg-type]
         return output.to_tuple() if return_dict is False else output
 
     def _fed(self, step: Step, cache: StateCache, logits_to_keep: int) -> np.ndarray:

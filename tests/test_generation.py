@@ -240,6 +240,25 @@ def test_generation_continues_from_a_cache(golden, prompt, whole, open_either_mo
 
 
 @each_golden
+def test_a_cache_has_two_names(golden, open_model):
+    """`past_key_values`, and `cache` as transformers calls it from 5.24 on, whichever release is installed."""
+    model, start = open_model(golden), golden.tensor("p5_input_ids")
+    following, options = golden.tensor("p5_dec_tokens")[:, :1], {"do_sample": False, "max_new_tokens": 6}
+    whole = torch.cat([start, following], dim=1)
+    seen = [
+        (model(following, **{name: model(start).past_key_values}).logits,
+         model.generate(whole, **{name: model(start).past_key_values}, **options))
+        for name in ("past_key_values", "cache")
+    ]  # fmt: skip
+    for one, other in zip(*seen, strict=True):
+        assert torch.equal(one, other)
+    handle = model(start).past_key_values
+    for call in (model, model.generate):
+        with pytest.raises(ChatGLMError, match="cache: value is given, expected nothing beside past_key_values"):
+            call(following, past_key_values=handle, cache=handle)
+
+
+@each_golden
 def test_one_prompt_in_the_cache_serves_several_rows(golden, open_either_model):
     model, start = open_either_model(golden), golden.tensor("p5_input_ids")
     ids = torch.cat([start, golden.tensor("p5_dec_tokens")[:, :3]], dim=1)

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import inspect
+from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chatglm_ov.errors import ChatGLMError
 
 # transformers 4.48 has no marker for "grows without limit" but None; later ones use -1.
 _NO_LIMIT = None if issubclass(Cache, torch.nn.Module) else -1
+
+CACHE_NAMES = ("past_key_values", "cache")
+CACHE_NAME = CACHE_NAMES[any(field.name == "cache" for field in fields(CausalLMOutputWithPast))]
+"""What transformers calls a cache among arguments and in outputs: `cache` from 5.24 on. Here both names are taken."""
+
+_CROPS_BY_SIZE = "max_length" in inspect.signature(Cache.crop).parameters
+"""Earlier releases ask for the columns that stay, later ones, by negative numbers only, for those that go."""
+
+
+def one_cache(arguments: dict[str, Any]) -> Any:
+    """The cache that is given under one of its names, or None. ChatGLMError where both are given."""
+    given = [arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None]
+    if len(given) > 1:
+        raise ChatGLMError("cache", "value", "given", "nothing beside past_key_values: they are names of the same")
+    return given[0] if given else None
 
 
 @dataclass
@@ -165,8 +182,10 @@ class StateCache(Cache):
 
     def crop(self, max_length: int) -> None:
         """Go back to the first `max_length` columns; a negative number takes so many away. The next call goes on from
-        there."""
+        there. 0 is what it is in the installed transformers: no columns stay, or none go."""
         columns = self.get_seq_length()
+        if max_length == 0 and not _CROPS_BY_SIZE:
+            return
         kept = columns + max_length if max_length < 0 else min(max_length, columns)
         self._session.request.truncate(kept)
         self.columns.crop(kept)
@@ -194,6 +213,10 @@ class StateCache(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
+        return [False] * self._session.num_layers
+
+    @property
+    def is_linear(self) -> list[bool]:
         return [False] * self._session.num_layers
 
     def __len__(self) -> int:

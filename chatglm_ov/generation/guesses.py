@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from chatglm_ov.generation.cache import CACHE_NAME
+
 LONGEST_NGRAM = 3
 """Tokens at the end of a text that are looked for in it: rarely are more needed to tell a place."""
 
@@ -105,7 +107,7 @@ class Assistant:
         guessed: list[int] = []
         while len(guessed) < min(self._num_tokens, room):
             output = self._model(fed, past_key_values=cache, logits_to_keep=1)
-            cache, chances = output.past_key_values, output.logits[0, -1].softmax(-1)
+            cache, chances = output[CACHE_NAME], output.logits[0, -1].softmax(-1)
             likeliest = int(chances.argmax())
             if chances[likeliest] < self._confidence:
                 break

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation import inputs
-from chatglm_ov.generation.cache import Session, StateCache
+from chatglm_ov.generation.cache import CACHE_NAME, CACHE_NAMES, Session, StateCache, one_cache
 from chatglm_ov.generation.speculative import Choice, check_assistant, decode, guesser
 
 if TYPE_CHECKING:
@@ -71,6 +71,9 @@ class StatefulGenerationMixin(GenerationMixin):
             if value not in (None, neutral):
                 raise ChatGLMError("generate", name, value, f"none: {reason}")
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        cache = one_cache(kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        kwargs |= {} if cache is None else {CACHE_NAME: cache}
         self.reused_tokens, self.speculation = 0, None
         if kwargs.pop("reuse_cache", False):
             self._resume(ids, kwargs)
@@ -86,7 +89,7 @@ class StatefulGenerationMixin(GenerationMixin):
             self.prompt_progress = own_progress
 
     def _first_step(self, input_ids: Any, config: GenerationConfig, kwargs: dict[str, Any]) -> Step:
-        ids, cache = inputs.token_ids(input_ids), self._checked_cache(kwargs.get("past_key_values"))
+        ids, cache = inputs.token_ids(input_ids), self._checked_cache(kwargs.get(CACHE_NAME))
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         new = ids.shape[1]
         if cache is not None:
@@ -104,13 +107,13 @@ class StatefulGenerationMixin(GenerationMixin):
         """Put a cache with what `input_ids` and the latest sequence have in common into the arguments, if that is
         something and the arguments say nothing else of the sequence."""
         ids, mask = inputs.token_ids(input_ids), kwargs.get("attention_mask")
-        told = any(kwargs.get(name) is not None for name in ("past_key_values", "position_ids"))
+        told = any(kwargs.get(name) is not None for name in (CACHE_NAME, "position_ids"))
         whole = mask is None or (isinstance(mask, torch.Tensor) and mask.shape == ids.shape and bool(mask.all()))
         if told or len(ids) != 1 or not whole or kwargs.get("use_cache") is False:
             return
         cache = self.resume(ids[0])
         if cache is not None:
-            kwargs["past_key_values"], self.reused_tokens = cache, cache.get_seq_length()
+            kwargs[CACHE_NAME], self.reused_tokens = cache, cache.get_seq_length()
 
     def resume(self, ids: np.ndarray) -> StateCache | None:
         """The cache with what the latest sequence in it has in common with `ids` int64 [L]; see `Session.resume`."""
@@ -137,21 +140,22 @@ class StatefulGenerationMixin(GenerationMixin):
         use_cache: bool = True,
         logits_to_keep: int = 1,
         prompt_copies: int = 1,
+        cache: StateCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of the next call: the columns that are not in the cache, the LM head on the last one, and one
         row of each that stand for `prompt_copies`."""
-        new = input_ids.shape[1]
+        new, handle = input_ids.shape[1], past_key_values or cache
         if next_sequence_length is not None:
             new = next_sequence_length
-        elif past_key_values is not None and attention_mask is not None:
-            new = attention_mask.shape[1] - past_key_values.get_seq_length()
+        elif handle is not None and attention_mask is not None:
+            new = attention_mask.shape[1] - handle.get_seq_length()
         passed_on = ("output_attentions", "output_hidden_states")
         return {
             "input_ids": input_ids[::prompt_copies, -new:],
             "attention_mask": None if attention_mask is None else attention_mask[::prompt_copies],
             "position_ids": None if position_ids is None else position_ids[::prompt_copies, ..., -new:],
-            "past_key_values": past_key_values,
+            CACHE_NAME: handle,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
             "prompt_copies": prompt_copies,
@@ -162,12 +166,12 @@ class StatefulGenerationMixin(GenerationMixin):
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
     ) -> dict[str, Any]:
         """Append the column of the token just chosen to mask and positions."""
-        cache = outputs.get("past_key_values")
+        cache = outputs.get(CACHE_NAME)
         if cache is None:
             # Some releases ask whether there is a cache by the name alone.
-            model_kwargs.pop("past_key_values", None)
+            model_kwargs.pop(CACHE_NAME, None)
         else:
-            model_kwargs["past_key_values"] = cache
+            model_kwargs[CACHE_NAME] = cache
         model_kwargs.pop("prompt_copies", None)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
         if mask is not None:

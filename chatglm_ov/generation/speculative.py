@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.generation.cache import CACHE_NAME
 from chatglm_ov.generation.guesses import LONGEST_NGRAM, Assistant, Guesses, PromptLookup
 from chatglm_ov.generation.inputs import next_positions
 
@@ -99,7 +100,7 @@ def decode(
     if len(input_ids) != 1:
         raise ChatGLMError("generate", "input_ids", f"{len(input_ids)} rows", "1 row where tokens are guessed")
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
-    cache, made = model_kwargs.get("past_key_values"), _Made(input_ids, choice, streamer)
+    cache, made = model_kwargs.get(CACHE_NAME), _Made(input_ids, choice, streamer)
     model.speculation = told = Speculation()
     limit = model.compiled.config.max_positions or choice.config.max_length
     while not made.done:
@@ -114,7 +115,7 @@ def decode(
         # What is fed from here on is no prompt.
         model.prompt_progress = None
         new, right = made.take(output.logits, guessed)
-        cache = output.past_key_values
+        cache = output[CACHE_NAME]
         # The last token that was chosen is not in the cache yet.
         if (unused := count + 1 - new) > 0:
             cache.crop(-unused)
@@ -166,7 +167,7 @@ class _Made:
             sequences=self.ids,
             scores=tuple(self._scores) or None,  # type: ignore[arg-type]
             logits=tuple(self._logits) or None,  # type: ignore[arg-type]
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
         )
 
 
