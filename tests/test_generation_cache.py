@@ -8,7 +8,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from chatglm_ov import ChatGLMError
 from chatglm_ov.generation.cache import Session, StateCache
@@ -108,7 +108,7 @@ def test_crop_forgets_the_last_columns():
     assert cache.get_seq_length() == 3
     # The columns that stay, or, in later releases, those that go.
     cache.crop(0)
-    assert cache.get_seq_length() == (0 if "max_length" in inspect.signature(Cache.crop).parameters else 3)
+    assert cache.get_seq_length() == (0 if "max_length" in inspect.signature(DynamicCache.crop).parameters else 3)
 
 
 def test_a_new_sequence_makes_the_handle_stale():

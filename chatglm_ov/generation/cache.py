@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chatglm_ov.errors import ChatGLMError
@@ -20,7 +20,7 @@ CACHE_NAMES = ("past_key_values", "cache")
 CACHE_NAME = CACHE_NAMES[any(field.name == "cache" for field in fields(CausalLMOutputWithPast))]
 """What transformers calls a cache among arguments and in outputs: `cache` from 5.24 on. Here both names are taken."""
 
-_CROPS_BY_SIZE = "max_length" in inspect.signature(Cache.crop).parameters
+_CROPS_BY_SIZE = "max_length" in inspect.signature(DynamicCache.crop).parameters
 """Earlier releases ask for the columns that stay, later ones, by negative numbers only, for those that go."""
 
 
