@@ -211,6 +211,9 @@ class Request:
 
 
 def _check_range(name: str, values: np.ndarray, end: int | None, kind: str, why: str = "") -> None:
+    # A single number is looked at by itself: in a step all are, and numpy's way to a maximum is long.
+    if values.size == 1 and 0 <= values.item() < (np.inf if end is None else end):
+        return
     # One pass: as an unsigned number a negative one is above all others.
     if values.view(f"u{values.itemsize}").max() < (1 << 8 * values.itemsize - 1 if end is None else end):
         return
