@@ -53,6 +53,13 @@ def test_every_page_is_there_and_has_the_tables_computed() -> None:
             assert f"\n\n{table}\n" in text, f"{page.name}: python tools/model_tables.py --write"
 
 
+def test_pages_name_the_shares_that_their_speeds_are_computed_with() -> None:
+    for page in (ROOT / "docs" / "models").glob("*.md"):
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        for name, share in model_tables.SHARES.items():
+            assert f"{share:.0%}".replace("%", f" % ({name})") in text.replace("（", " (").replace("）", ")"), page.name
+
+
 def test_shares_are_those_measured() -> None:
     shares = " | ".join(f"{share:.0%}".replace("%", " %") for share in model_tables.SHARES.values())
     for page in ("performance.md", "performance.zh.md"):
