@@ -21,7 +21,7 @@ from PIL import Image
 
 from chatglm_ov.bench import limits, session, weights
 from chatglm_ov.cli.demo import CHECKPOINT as DEMO
-from chatglm_ov.native import unavailable
+from chatglm_ov.native import native, unavailable
 from chatglm_ov.presets import PRESETS, config_json
 
 V1 = DATA / "golden" / "v1" / "v1_tiny" / "checkpoint"
@@ -106,7 +106,7 @@ def check_prompt(case: dict[str, Any], limits: dict[str, Any] | None, ops: str) 
     assert prompt["operations_per_second"] == pytest.approx(rate)
     assert prompt["tokens_per_second"] == pytest.approx(tokens * rows / prompt["seconds"]["median"])
     if limits is not None:
-        factor, limit = {"bf16": (1, "bf16"), "int8 / 2": (0.5, "int8")}[prompt["peak"]]
+        factor, limit = {"bf16": (1, "bf16"), "int8 / 2": (0.5, "int8"), "int16": (1, "int8")}[prompt["peak"]]
         assert prompt["share"] == pytest.approx(rate / (factor * limits[limit]["median"]))
 
 
@@ -161,7 +161,8 @@ def test_variants_of_the_fused_operations(tmp_path: Path, run: Run) -> None:
     assert [model["label"] for model in models] == [
         "bf16, int8 cache", "int8, int8 cache", "int8, 8-bit activations, int8 cache",
     ]  # fmt: skip
-    assert [model["cases"][0]["prompt"]["peak"] for model in models] == ["bf16", "int8 / 2", "int8"]
+    integers = ["int16", "int16"] if native().isa() == "avx2" else ["int8 / 2", "int8"]
+    assert [model["cases"][0]["prompt"]["peak"] for model in models] == ["bf16", *integers]
     # 5 layers, 2 heads of 64 with a float32 scale, keys and values, 11.5 tokens.
     assert {model["cases"][0]["decode"]["cache_bytes"] for model in models} == {5 * 2 * (64 + 4) * 2 * 11.5}
 

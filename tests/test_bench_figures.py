@@ -119,7 +119,13 @@ def test_bytes_of_the_cache() -> None:
     ids=lambda value: value.label if isinstance(value, Variant) else "",
 )
 def test_peaks(variant: Variant, peak: object) -> None:
-    assert peak_of(variant) == peak
+    assert peak_of(variant) == peak_of(variant, "avx512") == peak
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_words_take_one_pass_at_the_level_without_vnni(bits: int) -> None:
+    assert peak_of(Variant("int8", "fused", bits), "avx2") == ("int16", "int8", 1.0)
+    assert peak_of(Variant("bf16", "fused"), "avx2") == ("bf16", "bf16", 1.0)
 
 
 # Cases

@@ -30,7 +30,7 @@ from golden_cases import (  # noqa: F401
 )
 from golden_sets import Golden
 
-from chatglm_ov import runtime
+from chatglm_ov import convert, runtime
 from chatglm_ov.config import load_config
 from chatglm_ov.models import chatglm2
 from chatglm_ov.runtime import CompiledModel
@@ -159,6 +159,23 @@ def test_tied_head_reads_the_embeddings_payload(
     ours, wanted = (prompt.feed(model.create_request())[real] for model in (fused, stock))
     # bf16 weights are multiplied with bf16 activations: 8 bits through 10 layers.
     assert np.abs(ours - wanted).max() < (0.3 if weight_format == "bf16" else 5e-3)
+
+
+def test_a_model_cache_never_takes_one_checkpoint_for_another(tmp_path: Path):
+    """The weights of a chain are not part of the graph that OpenVINO keeps in CACHE_DIR, and tells models apart by."""
+    weights, prompts = stored_weights(V1.checkpoint), []
+    for i, factor in enumerate((1, 2)):
+        changed = {name: w * factor if "query_key_value" in name else w for name, w in weights.items()}
+        checkpoint = write_checkpoint(tmp_path / f"checkpoint {i}", V1.checkpoint, changed)
+        folder = convert(checkpoint, tmp_path / f"converted {i}", ("int8",), ops="fused", progress=False)
+        prompts.append([])
+        for properties in ({}, {"CACHE_DIR": str(tmp_path / "cache")}, {"CACHE_DIR": str(tmp_path / "cache")}):
+            model = runtime.load_model(folder, properties=properties)
+            prompts[i].append(golden_prompt(V1, "p5", model).feed(model.create_request()))
+    for i in range(2):
+        for kept in prompts[i][1:]:
+            np.testing.assert_array_equal(kept, prompts[i][0])
+    assert not np.array_equal(prompts[0][0], prompts[1][0])
 
 
 # What it computes

@@ -20,23 +20,32 @@ Peak = tuple[str, str, float]
 """How it is called, the limit that it is made of, and the factor."""
 
 
-def peak_of(variant: Variant) -> Peak | None:
-    """What a prompt is measured against. Weights of int8 and int4 take two int8 passes with 16-bit activations; the
-    stock lowering multiplies in bf16 at most that fast. There is no limit for f32."""
+def peak_of(variant: Variant, isa: str | None = None) -> Peak | None:
+    """What a prompt is measured against. Weights of int8 and int4 take two int8 passes with 16-bit activations, but at
+    the level avx2, whose limit is that of 16-bit products, one of those with any; the stock lowering multiplies in bf16
+    at most that fast. There is no limit for f32."""
     if variant.weight_format == "f32" or variant.hint == "f32":
         return None
     if variant.weight_format == "bf16" or variant.ops == "stock":
         return "bf16", "bf16", 1.0
+    if isa == "avx2":
+        return "int16", "int8", 1.0
     return ("int8", "int8", 1.0) if variant.activation_bits == 8 else ("int8 / 2", "int8", 0.5)
 
 
 def format_report(
-    config: ArchitectureConfig, records: Sequence[Record], steps: int, limits: Limits, left_out: Sequence[str]
+    config: ArchitectureConfig,
+    records: Sequence[Record],
+    steps: int,
+    limits: Limits,
+    left_out: Sequence[str],
+    isa: str | None = None,
 ) -> dict[str, Any]:
-    """Of one weight format: limits, models, and how they compare with the stock lowering that was run beside them."""
+    """Of one weight format: limits, models, and how they compare with the stock lowering that was run beside them.
+    isa: the level of our kernels."""
     known = {name: summary(values) for name, values in limits.samples.items() if values}
     medians = {name: values["median"] for name, values in known.items()}
-    models = [_model(config, record, steps, medians) for record in records]
+    models = [_model(config, record, steps, medians, isa) for record in records]
     return {
         "weight_format": records[0].variant.weight_format,
         "limits": known or None,
@@ -47,7 +56,9 @@ def format_report(
     }
 
 
-def _model(config: ArchitectureConfig, record: Record, steps: int, limits: dict[str, float]) -> dict[str, Any]:
+def _model(
+    config: ArchitectureConfig, record: Record, steps: int, limits: dict[str, float], isa: str | None
+) -> dict[str, Any]:
     variant = record.variant
     return {
         "label": variant.label,
@@ -60,26 +71,38 @@ def _model(config: ArchitectureConfig, record: Record, steps: int, limits: dict[
         "load_seconds": summary(record.load),
         "anonymous_bytes_compiled": summary(record.anonymous_compiled),
         "anonymous_bytes_first": summary(record.anonymous_first),
-        "cases": [_case(config, record, case, times, steps, limits) for case, times in record.cases.items()],
+        "cases": [_case(config, record, case, times, steps, limits, isa) for case, times in record.cases.items()],
     }
 
 
 def _case(
-    config: ArchitectureConfig, record: Record, case: Case, times: Times, steps: int, limits: dict[str, float]
+    config: ArchitectureConfig,
+    record: Record,
+    case: Case,
+    times: Times,
+    steps: int,
+    limits: dict[str, float],
+    isa: str | None,
 ) -> dict[str, Any]:
     return {
         "kind": "context" if case.filled else "prompt",
         "tokens": case.tokens,
         "batch": case.batch,
-        "prompt": _prompt(config, record.variant, case, times, steps, limits),
+        "prompt": _prompt(config, record.variant, case, times, steps, limits, peak_of(record.variant, isa)),
         "decode": _decode(config, record, case, times, steps),
     }
 
 
 def _prompt(
-    config: ArchitectureConfig, variant: Variant, case: Case, times: Times, steps: int, limits: dict[str, float]
+    config: ArchitectureConfig,
+    variant: Variant,
+    case: Case,
+    times: Times,
+    steps: int,
+    limits: dict[str, float],
+    peak: Peak | None,
 ) -> dict[str, Any]:
-    length, peak = case.prompt_tokens(steps), peak_of(variant)
+    length = case.prompt_tokens(steps)
     operations, seconds = prompt_operations(config, length, case.batch, variant.ops), summary(times.prompt)
     rate = operations / seconds["median"]
     most = None if peak is None or peak[1] not in limits else limits[peak[1]] * peak[2]

@@ -15,6 +15,7 @@ from chatglm_ov.bench.measure import Case, Variant, run_rounds
 from chatglm_ov.bench.models import Source, check_disk, converted
 from chatglm_ov.bench.report import format_report
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.native import native, unavailable
 from chatglm_ov.sizes import size
 
 HINTS = ("bf16", "f32")
@@ -99,7 +100,8 @@ class Session:
                 report=report,
             )
         reasons = [f"{variant.label} left out, {reason}" for variant, reason in left_out]
-        return format_report(self.source.config, records, self.new_tokens, limits, reasons)
+        isa = native().isa() if unavailable() is None else None
+        return format_report(self.source.config, records, self.new_tokens, limits, reasons, isa)
 
 
 def _too_large(variants: Sequence[Variant], folders: dict[str, Path]) -> Iterator[tuple[Variant, str]]:
