@@ -327,6 +327,19 @@ def test_large_scores_do_not_overflow(isa, cache_type, sign):
     check(isa, cache, query, slots)
 
 
+@pytest.mark.parametrize("head_dim", [512, 528])
+def test_sums_of_long_heads_do_not_overflow(isa, head_dim):
+    """Up to 512 dims a sum of 16-bit words fits 32 bits; these have the largest codes in all dims."""
+    cache = make_cache("int8", np.ones((40, head_dim)), np.ones((40, head_dim)))
+    query = np.full((16, head_dim), 1 / head_dim, np.float32)
+    context, peak, total = attend(isa, cache, query, 40)
+    scores = cache.keys @ query[0].astype(np.float64)
+    p = np.exp(scores - scores.max())
+    # Words or a chain of multiply-adds: 2^-15 of the scores, which are about 1.
+    np.testing.assert_allclose(peak, scores.max(), rtol=2**-14)
+    np.testing.assert_allclose(context / total[:, None], np.tile(p @ cache.values / p.sum(), (16, 1)), rtol=2**-12)
+
+
 @pytest.mark.parametrize("rows", [1, 16])
 def test_exp_is_off_by_one_unit_at_most(isa, rows):
     """Scores are x, exactly, and values a unit matrix: the context is p = exp(x - 0)."""
@@ -435,8 +448,9 @@ def test_merged_ranges_are_one_range(isa, cache_type):
         error = np.expm1(2 * (bound.max() + roundings)) * (p @ np.abs(v)) / p.sum()
         if multiplies_words(isa, cache_type):
             # The steps of a part begin where it does: the largest of all bounds those of each.
-            words = cache.value_scales[:n]
-            error += 3 * WORD_U * ((p * words).max() / words) @ np.abs(v) / p.sum()
+            scales = cache.value_scales[:n]
+            relative = np.exp(2 * (bound.max() + roundings))
+            error += WORD_U * relative * ((p * scales).max() / scales) @ np.abs(v) / p.sum()
         assert (np.abs(context / total - p @ v / p.sum()) <= error).all()
 
 

@@ -43,7 +43,8 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> fully_connected(const std::string& is
     {
         nb::gil_scoped_release unlocked;
         Team team;
-        run_fully_connected(table, {layout, payload.data(), activation_bits, rows, x.data(), {}, epilogue, y, y_features}, team);
+        run_fully_connected(
+            table, {layout, payload.data(), activation_bits, rows, x.data(), {}, epilogue, y, y_features}, team);
     }
     return nb::ndarray<nb::numpy, float, nb::ndim<2>>(
         y, {static_cast<size_t>(rows), static_cast<size_t>(y_features)}, owner);

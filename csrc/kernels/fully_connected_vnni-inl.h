@@ -267,7 +267,7 @@ template <typename Format, int kRows, int kPanels, int kPlanes>
     }
 }
 
-// Adds the scaled sums of a group to those of the tile, out [row][panel][16], rows kStride floats apart.
+// Adds the scaled sums of a group to those of the tile, out [row][panel][16], rows `stride` floats apart.
 template <typename Group, int kRows, int kPanels, int kPlanes>
 [[gnu::always_inline]] inline void add_scaled(const TileSums<kRows, kPanels, kPlanes>& sums, const Group* factors,
                                               const float* activation_scales, int64_t stride, float* out) {

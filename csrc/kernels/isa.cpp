@@ -83,7 +83,8 @@ Isa parse_isa(const std::string& wanted) {
             return static_cast<Isa>(i);
         }
     }
-    throw std::invalid_argument("CHATGLM_OV_ISA: '" + wanted + "', wanted one of avx2, avx_vnni, avx512, avx512_bf16, amx");
+    throw std::invalid_argument("CHATGLM_OV_ISA: '" + wanted +
+                                "', wanted one of avx2, avx_vnni, avx512, avx512_bf16, amx");
 }
 
 Isa selected_isa() {

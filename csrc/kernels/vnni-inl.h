@@ -1,7 +1,8 @@
-// The instructions of the kernels that multiply bytes by VNNI, in registers of 512 bits (AVX-512 VNNI) or 256 (AVX-VNNI).
+// The instructions of the kernels that multiply bytes by VNNI, in registers of 512 bits (AVX-512 VNNI) or of 256
+// (AVX-VNNI).
 //
-// Included by kernels/<level>/fully_connected*.cpp only; everything here has internal linkage, see simd-inl.h. A line of
-// 64 bytes, 16 output features, is kPieces registers of kLanes features each.
+// Included by kernels/<level>/fully_connected*.cpp only; everything here has internal linkage, see simd-inl.h. A line
+// of 64 bytes, 16 output features, is kPieces registers of kLanes features each.
 #pragma once
 
 #include <cstring>

@@ -203,7 +203,8 @@ bool Chain::visit_attributes(ov::AttributeVisitor& visitor) {
     visitor.on_attribute("steps", steps_);
     visitor.on_attribute("results", results_);
     if (program_ == nullptr) program_ = std::make_shared<ChainProgram>(steps_, results_);
-    OPENVINO_ASSERT(program_->text == steps_ && program_->results == results_, "Chain: other steps than it was made of");
+    OPENVINO_ASSERT(program_->text == steps_ && program_->results == results_,
+                    "Chain: other steps than it was made of");
     return Operation::visit_attributes(visitor);
 }
 

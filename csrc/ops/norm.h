@@ -11,8 +11,8 @@ struct NormAttributes {
     int64_t residual_ = 0;
 };
 
-// Inputs: x float32 [..., C], weight float32 [C], bias float32 [C] with kind "layer", and if `residual` what is added to
-// the norm, float32 [..., C]. Output: float32 [..., C].
+// Inputs: x float32 [..., C], weight float32 [C], bias float32 [C] with kind "layer", and if `residual` what is added
+// to the norm, float32 [..., C]. Output: float32 [..., C].
 class Norm : public Cloned<Norm, NormAttributes> {
 public:
     OPENVINO_OP("Norm", "chatglm", Operation);

@@ -1,10 +1,10 @@
 // Attention over an int8 cache by VNNI's dot product of words: queries and p are 16-bit integers, elements of the cache
 // are widened as they are read, and sums are exact.
 //
-// A query row is q = s rint(q / s) with s = max|q| / 32767. p is multiplied by the scale of its value and goes in with a
-// scale for each row and step of 256 slots, which is that of the largest of them. Rows are taken 8, 4, 2, 1 at a time and
-// lines beside each other as in attention-inl.h, which does all else: caches in f32 and bf16, and heads of more than 512
-// dims, whose sums could exceed 32 bits.
+// A query row is q = s rint(q / s) with s = max|q| / 32767. p is multiplied by the scale of its value and goes in with
+// a scale for each row and step of 256 slots, which is that of the largest of them. Rows are taken 8, 4, 2, 1 at a time
+// and lines beside each other as in attention-inl.h, which does all else: caches in f32 and bf16, and heads of more than
+// 512 dims, whose sums could exceed 32 bits.
 #include <cfloat>
 
 #include "kernels/attention-inl.h"
