@@ -337,6 +337,7 @@ def test_sums_of_long_heads_do_not_overflow(isa, head_dim):
     p = np.exp(scores - scores.max())
     # Words or a chain of multiply-adds: 2^-15 of the scores, which are about 1.
     np.testing.assert_allclose(peak, scores.max(), rtol=2**-14)
+    np.testing.assert_allclose(total, p.sum(), rtol=2**-12)
     np.testing.assert_allclose(context / total[:, None], np.tile(p @ cache.values / p.sum(), (16, 1)), rtol=2**-12)
 
 
