@@ -18,12 +18,22 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// One vector of a row, kLanes sums of the packed features from `feature` on, with scale and bias.
-inline Floats scaled_and_biased(const FullyConnectedTask& task, int64_t feature, const float* sums) {
-    const Floats bias = task.epilogue.bias ? load(task.epilogue.bias + feature) : Floats{};
-    if (task.layout.format != WeightFormat::int8) return load(sums) + bias;
-    return multiply_add(load(sums), load(task.layout.channel_scales(task.weight) + feature), bias);
-}
+// The sums of packed features with their scale and bias, kLanes at a time.
+class Channels {
+public:
+    explicit Channels(const FullyConnectedTask& task)
+        : scales_(task.layout.format == WeightFormat::int8 ? task.layout.channel_scales(task.weight) : nullptr),
+          bias_(task.epilogue.bias) {}
+
+    Floats operator()(int64_t feature, const float* sums) const {
+        const Floats bias = bias_ ? load(bias_ + feature) : Floats{};
+        return scales_ ? multiply_add(load(sums), load(scales_ + feature), bias) : load(sums) + bias;
+    }
+
+private:
+    const float* scales_;
+    const float* bias_;
+};
 
 // Adds the residual to the features from `feature` on and stores those that y has.
 inline void add_residual_and_store(const FullyConnectedTask& task, int64_t row, int64_t feature, Floats value) {
@@ -43,23 +53,38 @@ inline void add_residual_and_store(const FullyConnectedTask& task, int64_t row, 
     }
 }
 
-// Features of y of the panels [begin, end), all rows of the task, from their sums: row r has its panels side by side
-// from sums + r * stride floats on. Out of line, so that each path through a kernel rounds in the same way.
-[[gnu::noinline]] void finish(const FullyConnectedTask& task, int64_t begin, int64_t end, const float* sums,
-                              int64_t stride) {
-    const Activation activation = task.epilogue.activation;
-    const bool gated = activation == Activation::silu_gate;
-    for (int64_t row = 0; row < task.rows; ++row, sums += stride) {
-        for (int64_t panel = begin; panel < end; panel += gated ? 2 : 1) {
+struct RowRange {
+    int64_t begin, end;
+};
+
+template <Activation kActivation>
+void finish_rows(const FullyConnectedTask& task, RowRange rows, int64_t begin, int64_t end, const float* sums,
+                 int64_t stride) {
+    constexpr bool kGated = kActivation == Activation::silu_gate;
+    const Channels channels(task);
+    for (int64_t row = rows.begin; row < rows.end; ++row, sums += stride) {
+        for (int64_t panel = begin; panel < end; panel += kGated ? 2 : 1) {
             for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
                 const int64_t feature = panel * kPanel + lane;
                 const float* at = sums + feature - begin * kPanel;
-                Floats value = scaled_and_biased(task, feature, at);
-                if (activation == Activation::gelu_tanh) value = gelu_tanh_of(value);
-                if (gated) value = silu_of(value) * scaled_and_biased(task, feature + kPanel, at + kPanel);
-                add_residual_and_store(task, row, gated ? panel / 2 * kPanel + lane : feature, value);
+                Floats value = channels(feature, at);
+                if (kActivation == Activation::gelu_tanh) value = gelu_tanh_of(value);
+                if (kGated) value = silu_of(value) * channels(feature + kPanel, at + kPanel);
+                add_residual_and_store(task, row, kGated ? panel / 2 * kPanel + lane : feature, value);
             }
         }
+    }
+}
+
+// Features of y of the panels [begin, end), some rows of the task, from their sums: each row has its panels side by
+// side, the first row at `sums`, the next `stride` floats further. Out of line, so that each path through a kernel
+// rounds in the same way.
+[[gnu::noinline]] void finish(const FullyConnectedTask& task, RowRange rows, int64_t begin, int64_t end,
+                              const float* sums, int64_t stride) {
+    switch (task.epilogue.activation) {
+        case Activation::none: return finish_rows<Activation::none>(task, rows, begin, end, sums, stride);
+        case Activation::gelu_tanh: return finish_rows<Activation::gelu_tanh>(task, rows, begin, end, sums, stride);
+        case Activation::silu_gate: return finish_rows<Activation::silu_gate>(task, rows, begin, end, sums, stride);
     }
 }
 

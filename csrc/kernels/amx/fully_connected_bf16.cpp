@@ -121,12 +121,8 @@ void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
     const auto multiply_pair = [&](const PairBlock& pair, int64_t first, const PairBlock& next) {
         multiply_pair_block(task, rows, pair, next, sums + (pair.panel - first) / 2 * pair_floats);
     };
-    const auto finish_group = [&](int64_t first, int64_t last) {
-        for (int64_t panel = first; panel < last; panel += 2) {
-            finish(task, panel, std::min(panel + 2, last), sums + (panel - first) / 2 * pair_floats, kPairFeatures);
-        }
-    };
-    walk(begin, end, rows.blocks(), group_pairs, multiply_pair, finish_group);
+    const auto finish = [&](int64_t first, int64_t last) { finish_group(task, first, last, sums, pair_floats); };
+    walk(begin, end, rows.blocks(), group_pairs, multiply_pair, finish);
 }
 
 }  // namespace
