@@ -166,26 +166,62 @@ def make_rows(rows, columns, seed=1):
     return x
 
 
-def product(fmt, x, w, bits):
+def group_parts(layout, payload):
+    """Scales and zero points of int4, float64 [out_features, groups]."""
+    found = []
+    for offset, dtype in ((layout.scale_offset, np.float16), (layout.zero_point_offset, np.uint8)):
+        count = layout.panels * 16 * layout.padded_in // layout.group_size
+        part = payload[offset : offset + count * np.dtype(dtype).itemsize].view(dtype)
+        by_feature = part.reshape(layout.panels, -1, 16).transpose(0, 2, 1).reshape(layout.panels * 16, -1)
+        found.append(by_feature[: layout.out_features].astype(np.float64))
+    return found
+
+
+def expanded_steps(layout, payload):
+    """What int4 weights, with 8-bit activations, are rounded to a multiple of: for each weight, [out_features, in_features].
+
+    127 of them are the largest weight that any group of the block of 512 columns can have.
+    """
+    scales, zero_points = group_parts(layout, payload)
+    reach = np.repeat(scales * np.maximum(zero_points, 15 - zero_points), layout.group_size, axis=1)
+    steps = np.empty_like(reach)
+    for start in range(0, reach.shape[1], 512):
+        steps[:, start : start + 512] = reach[:, start : start + 512].max(axis=1, keepdims=True) / 127
+    return steps[:, : layout.in_features]
+
+
+def product(fmt, x, w, bits, weight_steps=0.0):
     """x w^T in float64, [rows, out_features], and what the kernel's result may be off by.
 
-    bf16: of x rounded to bfloat16; float32 rounds the sums, whose products are exact: at most k + 4 roundings.
-    Integers: x is rounded to half a step of its block of 512 columns, the step being max|x| / 32639 or / 127, found and
-    divided by in float32. Sums are exact; each block (int4: group, of at least 32 columns) rounds its sum, its scale
-    and an addition; scale and result are rounded once more.
+    bf16, and int4 with 16 bits: of x and w rounded to bfloat16; float32 rounds the sums, whose products are exact: at
+    most k + 4 roundings.
+    Other integers: x is rounded to half a step of its block of 512 columns, the step being max|x| / 32639 or / 127, found
+    and divided by in float32. int4 weights are rounded to half of their step, and the multiplier that does it to 2^-12
+    of a step for each of at most 15 steps of the codes: 1/128 of a step together. Sums are exact; each block rounds its
+    sum, its scale and an addition; scale and result are rounded once more.
     """
-    x = (x.astype(ml_dtypes.bfloat16) if fmt == "bf16" else x).astype(np.float64)
+    in_bf16 = fmt == "bf16" or (fmt == "int4" and bits == 16)
+    if in_bf16:
+        x, w = x.astype(ml_dtypes.bfloat16), w.astype(ml_dtypes.bfloat16)
+    x, w = x.astype(np.float64), w.astype(np.float64)
     exact, absolute = x @ w.T, np.abs(x) @ np.abs(w).T
     k = x.shape[1]
-    if fmt == "bf16":
+    if in_bf16:
         return exact, absolute * (k + 4) * EPS
     steps = np.empty_like(x)
     for start in range(0, k, 512):
         block = np.abs(x[:, start : start + 512])
         steps[:, start : start + 512] = block.max(axis=1, keepdims=True) / (32639 if bits == 16 else 127)
-    parts = -(-k // 512) if fmt == "int8" else -(-k // 32)
-    quantized = steps @ np.abs(w).T
-    return exact, (quantized / 2 + (absolute + quantized) * (parts + 8) * EPS) * (1 + 1e-5)
+    off = np.broadcast_to(weight_steps, w.shape) * (1 / 2 + 1 / 128)
+    quantized = steps @ (np.abs(w) + off).T
+    rounded = (np.abs(x) + steps / 2) @ off.T
+    return exact, (quantized / 2 + rounded + (absolute + quantized + rounded) * (-(-k // 512) + 8) * EPS) * (1 + 1e-5)
+
+
+def expected(fmt, layout, payload, w, x, bits):
+    """`product` of a weight of make_weight."""
+    rounds_weights = fmt == "int4" and bits == 8
+    return product(fmt, x, w, bits, expanded_steps(layout, payload) if rounds_weights else 0.0)
 
 
 # (format, activation bits, group size)
@@ -208,25 +244,28 @@ def test_fully_connected_is_near_the_double_precision_product(fmt, bits, group, 
     layout, payload, w = make_weight(fmt, out_features, in_features, group)
     x = make_rows(rows, in_features)
     y = run("amx_emulated", layout, payload, x, bits)
-    exact, bound = product(fmt, x, w, bits)
+    exact, bound = expected(fmt, layout, payload, w, x, bits)
     assert (np.abs(y - exact) <= bound).all()
 
 
-@pytest.mark.parametrize(("fmt", "in_features"), [("bf16", 35), ("bf16", 300), ("int8", 13), ("int8", 579)])
-def test_columns_that_fill_no_tile(fmt, in_features):
-    layout, payload, w = make_weight(fmt, 50, in_features)
+@pytest.mark.parametrize(
+    ("fmt", "in_features", "bits"),
+    [("bf16", 35, 16), ("bf16", 300, 16), ("int8", 13, 16), ("int8", 579, 16), ("int4", 96, 16), ("int4", 672, 8)],
+)
+def test_columns_that_fill_no_tile(fmt, in_features, bits):
+    layout, payload, w = make_weight(fmt, 50, in_features, 32 if fmt == "int4" else 0)
     x = make_rows(19, in_features)
-    y = run("amx_emulated", layout, payload, x)
-    exact, bound = product(fmt, x, w, 16)
+    y = run("amx_emulated", layout, payload, x, bits)
+    exact, bound = expected(fmt, layout, payload, w, x, bits)
     assert (np.abs(y - exact) <= bound).all()
 
 
 @pytest.mark.parametrize(
     ("rows", "out_features", "in_features"), [*SIZES, (5, 40, 640), (512, 32, 1152), (700, 72, 512)]
 )
-@pytest.mark.parametrize(("fmt", "bits", "group"), [f for f in FORMATS if f[0] != "bf16"])
-def test_integers_have_the_bits_of_avx512(fmt, bits, group, rows, out_features, in_features):
-    layout, payload, _ = make_weight(fmt, out_features, in_features, group)
+@pytest.mark.parametrize("bits", [16, 8])
+def test_int8_has_the_bits_of_avx512(bits, rows, out_features, in_features):
+    layout, payload, _ = make_weight("int8", out_features, in_features)
     x = make_rows(rows, in_features)
     np.testing.assert_array_equal(
         run("amx_emulated", layout, payload, x, bits), run("avx512", layout, payload, x, bits), strict=True
@@ -239,16 +278,16 @@ def test_a_group_of_pairs_goes_through_all_blocks(fmt, bits, group):
     layout, payload, w = make_weight(fmt, 16 * 19, 2304, group)
     x = make_rows(400, 2304)
     y = run("amx_emulated", layout, payload, x, bits)
-    exact, bound = product(fmt, x, w, bits)
+    exact, bound = expected(fmt, layout, payload, w, x, bits)
     assert (np.abs(y - exact) <= bound).all()
 
 
-@pytest.mark.parametrize(("fmt", "bits", "group"), [("bf16", 16, 0), ("int8", 16, 0), ("int4", 8, 128)])
+@pytest.mark.parametrize(("fmt", "bits", "group"), [("bf16", 16, 0), ("int8", 16, 0), ("int4", 16, 64), ("int4", 8, 128)])
 def test_epilogues(fmt, bits, group):
     layout, payload, w = make_weight(fmt, 96, 384, group)
     x, rng = make_rows(21, 384) / 100, np.random.default_rng(5)
     bias = rng.standard_normal(96).astype(np.float32)
-    exact, bound = product(fmt, x, w, bits)
+    exact, bound = expected(fmt, layout, payload, w, x, bits)
     linear = exact + bias
     bound += 4 * EPS * np.abs(linear)
     residual = rng.standard_normal((21, 40)).astype(np.float32)
@@ -263,8 +302,8 @@ def test_epilogues(fmt, bits, group):
         residual=np.tile(residual, (1, 3))[:, :96].copy(),
         residual_scale=0.5,
     )
-    expected = linear + 0.5 * np.tile(residual, (1, 3))[:, :96]
-    assert (np.abs(y - expected) <= bound + 4 * EPS * (np.abs(expected) + 5)).all()
+    wanted = linear + 0.5 * np.tile(residual, (1, 3))[:, :96]
+    assert (np.abs(y - wanted) <= bound + 4 * EPS * (np.abs(wanted) + 5)).all()
 
     y = run(
         "amx_emulated", layout, payload, x, bits, bias=bias, activation="silu_gate", y_features=40, residual=residual

@@ -9,11 +9,13 @@
 
 #include "kernels/amx/tiles.h"
 #include "kernels/epilogue-inl.h"
+#include "kernels/fully_connected-inl.h"
 
 namespace chatglm::CHATGLM_AMX_LEVEL {
 namespace {
 
 constexpr int64_t kTileSide = 16;
+constexpr int64_t kTileBytes = kTileSide * 64;
 constexpr int64_t kPairFeatures = 2 * kPanel;
 
 // Fewer rows go to the kernels below: a tile product costs the same with less rows in it. To be measured on a machine
@@ -30,27 +32,37 @@ inline int64_t pairs_of_group(int64_t prepared_bytes) {
     return prepared_bytes <= kResidentBytes ? 1 : kGroupPairs;
 }
 
+// How a weight is cut: into blocks of so many columns, the last one maybe shorter.
+struct Blocks {
+    int64_t padded_in, columns;
+
+    int64_t count() const { return (padded_in + columns - 1) / columns; }
+    int64_t columns_of(int64_t block) const { return std::min(columns, padded_in - block * columns); }
+};
+
 // The part of a pair of panels in one block of columns; the second panel is the first again where there is no other.
 struct PairBlock {
     int64_t panel, panels, block;
 };
 
+// The pair that starts with a panel, of those before `end`.
+inline PairBlock pair_before(int64_t end, int64_t panel, int64_t block) {
+    return {panel, std::clamp<int64_t>(end - panel, 0, 2), block};
+}
+
 // Visits the pairs of the panels [begin, end) in the order above: visit(current, first panel of its group, next), where
 // next.panels is 0 at the very end; then done(first, last) with the panels of a group, whose sums are complete.
 template <typename Visit, typename Done>
 void walk(int64_t begin, int64_t end, int64_t blocks, int64_t group_pairs, const Visit& visit, const Done& done) {
-    const auto at = [&](int64_t panel, int64_t block) {
-        return PairBlock{panel, panel < end ? (panel + 1 < end ? 2 : 1) : 0, block};
-    };
     for (int64_t first = begin; first < end; first += 2 * group_pairs) {
-        const int64_t last = first + 2 * group_pairs < end ? first + 2 * group_pairs : end;
+        const int64_t last = std::min(first + 2 * group_pairs, end);
         for (int64_t block = 0; block < blocks; ++block) {
             for (int64_t panel = first; panel < last; panel += 2) {
                 const bool is_last_pair = panel + 2 >= last, is_last_block = block + 1 == blocks;
-                const PairBlock next = !is_last_pair    ? at(panel + 2, block)
-                                       : !is_last_block ? at(first, block + 1)
-                                                        : at(last, 0);
-                visit(at(panel, block), first, next);
+                const PairBlock next = !is_last_pair    ? pair_before(end, panel + 2, block)
+                                       : !is_last_block ? pair_before(end, first, block + 1)
+                                                        : pair_before(end, last, 0);
+                visit(pair_before(end, panel, block), first, next);
             }
         }
         done(first, last);
@@ -69,25 +81,6 @@ inline void finish_group(const FullyConnectedTask& task, int64_t first, int64_t 
         }
     }
 }
-
-// Brings the weights of the next pair into L2 while this one is multiplied, some lines a step.
-class Prefetch {
-public:
-    Prefetch(const uint8_t* first, const uint8_t* second, int64_t bytes, int64_t steps)
-        : from_{first, second}, bytes_(bytes), step_(round_up((bytes + steps - 1) / steps, 64)) {}
-
-    void step() {
-        const int64_t end = done_ + step_ < bytes_ ? done_ + step_ : bytes_;
-        for (; done_ < end; done_ += 64) {
-            __builtin_prefetch(from_[0] + done_, 0, 2);
-            __builtin_prefetch(from_[1] + done_, 0, 2);
-        }
-    }
-
-private:
-    const uint8_t* from_[2];
-    int64_t bytes_, step_, done_ = 0;
-};
 
 }  // namespace
 }  // namespace chatglm::CHATGLM_AMX_LEVEL

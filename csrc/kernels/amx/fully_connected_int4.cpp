@@ -1,111 +1,157 @@
-// int4 weights: the codes of a pair of panels less their zero points, expanded to int8 once per block of columns for
-// all rows, and the exact integer sum of each group.
+// int4 weights: expanded once per block of columns for all rows, to bf16 with 16-bit activations, to int8 with 8-bit
+// ones.
 //
-// Beside the 8 products of a group of 128 columns, 128 cycles, run with 16 / 8 bits, where two groups are taken
-// together: 216 / 240 line loads (108 / 120 cycles of two ports), 80 / 96 line stores, and 160 / 192 vector operations
-// (80 / 96 cycles of two ports; 5 for each of 32 vectors, 3 for each of 64). It fits, closely. Expanding to int8 takes
-// 10 vector operations for 128 weights, once for all rows.
+// Exact sums of each group of 128 columns, as with few rows, would have to become floats 4 times as often as those of
+// int8: what that takes beside the tiles was measured, without the tiles, at three times what it is with lines in bf16
+// or int8, and longer than the products themselves.
 //
-// Why not bf16: its products take the same 128 cycles and have no such sums, but expanding takes about 10 operations
-// for 32 weights (2600 cycles for a pair of panels and 512 columns: a sixth of the products of 512 rows, more than
-// those of 64), and it cannot gain from 8-bit activations.
+// Expanding a pair of panels for 16 rows takes 24 (bf16) or 10 (int8) cycles of two vector ports a line of int4: with
+// 512 rows 1536 cycles a block of 256 columns, 1280 a block of 512, beside 8192 of products, in which they are hidden.
 #include "kernels/amx/fully_connected.h"
-#include "kernels/amx/quantized.h"
+#include "kernels/amx/products_bf16.h"
+#include "kernels/amx/products_int8.h"
 
 namespace chatglm::CHATGLM_AMX_LEVEL {
 namespace {
 
-// Conversions under this mask are the plain instructions; GCC 12 warns of its own header's form without one.
+// Conversions under these masks are the plain instructions; GCC 12 warns of its own header's forms without them.
 constexpr __mmask16 kAll = 0xffff;
+constexpr __mmask32 kAllWords = 0xffffffff;
 
-class Int4Weights {
-public:
-    static constexpr bool kUnsigned = false, kGrouped = true;
+Floats load_scales(const uint16_t* halves) {
+    return Floats(_mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves))));
+}
 
-    explicit Int4Weights(const FullyConnectedTask& task) : layout_(task.layout), weight_(task.weight) {}
+Ints load_zero_points(const uint8_t* bytes) {
+    return Ints(_mm512_maskz_cvtepu8_epi32(kAll, _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+}
 
-    int64_t group_columns(int64_t) const { return layout_.group_size; }
+Ints load_line(const uint8_t* line) {
+    Ints codes;
+    std::memcpy(&codes, line, sizeof codes);
+    return codes;
+}
 
-    // Valid until the next call.
-    PairWeights load(const PairBlock& pair) {
-        for (int64_t panel = 0; panel < pair.panels; ++panel) {
-            expand_codes(pair, panel);
-            expand_scales(pair, panel);
+// Weights in bf16: scale * (code - zero point), exact in float32, rounded once.
+struct Int4ToBf16 {
+    static constexpr int64_t kBlockColumns = kBf16Block;
+    static constexpr int64_t kExpandedBytes = 4 * kLineBytes;
+
+    struct Factors {
+        Floats scale, offset;
+    };
+
+    static void make_factors(const uint16_t* scales, const uint8_t* zero_points, int64_t groups, Factors* factors,
+                             float*) {
+        for (int64_t group = 0; group < groups; ++group) {
+            const Floats scale = load_scales(scales + group * kPanel);
+            factors[group] = {scale, -scale * floats_of(load_zero_points(zero_points + group * kPanel))};
         }
-        return {{codes_[0], codes_[pair.panels - 1]}, scales_[0][0]};
     }
 
-    Prefetch prefetch(const PairBlock& pair, int64_t steps) const {
-        if (pair.panels == 0) return {nullptr, nullptr, 0, 1};
-        return {lines(pair, 0), lines(pair, pair.panels - 1), block_columns(layout_, pair.block) * kPanel / 2, steps};
+    static void expand(const uint8_t* line, const Factors& factors, uint8_t* out) {
+        const Ints codes = load_line(line);
+        expand_pair<0>(codes, factors, out);
+        expand_pair<16>(codes, factors, out + kLineBytes);
+        expand_pair<4>(codes, factors, out + 2 * kLineBytes);
+        expand_pair<20>(codes, factors, out + 3 * kLineBytes);
     }
 
 private:
-    static constexpr int64_t kSmallestGroup = 32;
-
-    const uint8_t* lines(const PairBlock& pair, int64_t panel) const {
-        return layout_.panel(weight_, pair.panel + panel) + pair.block * kActivationBlock * kPanel / 2;
+    // Two neighbours of K, whose codes lie kShift and kShift + 8 bits up in the lane of their feature.
+    template <int kShift>
+    static void expand_pair(Ints codes, const Factors& factors, uint8_t* out) {
+        const __m512i in_turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                                  23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        const __m512bh both = _mm512_cvtne2ps_pbh(__m512(weights<kShift + 8>(codes, factors)),
+                                                  __m512(weights<kShift>(codes, factors)));
+        _mm512_store_si512(out, _mm512_maskz_permutexvar_epi16(kAllWords, in_turns, __m512i(both)));
     }
 
-    int64_t first_group(const PairBlock& pair) const { return pair.block * kActivationBlock / layout_.group_size; }
-
-    void expand_codes(const PairBlock& pair, int64_t panel) {
-        const int64_t columns = block_columns(layout_, pair.block), group = layout_.group_size;
-        const uint8_t* from = lines(pair, panel);
-        const uint8_t* zero_points = layout_.zero_points(weight_, pair.panel + panel) + first_group(pair) * kPanel;
-        const __m512i nibble = _mm512_set1_epi8(15);
-        uint8_t* out = codes_[panel];
-        for (int64_t column = 0; column < columns; column += group, zero_points += kPanel) {
-            // One zero point per feature, for its four neighbours of a line.
-            const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(zero_points));
-            const __m512i wide = _mm512_maskz_cvtepu8_epi32(kAll, narrow);
-            const __m512i zero = _mm512_mullo_epi32(wide, _mm512_set1_epi32(0x01010101));
-            for (int64_t k = 0; k < group; k += 8, from += 64, out += 128) {
-                const __m512i raw = _mm512_loadu_si512(from);
-                const __m512i low = _mm512_and_si512(raw, nibble);
-                const __m512i high = _mm512_and_si512(_mm512_srli_epi16(raw, 4), nibble);
-                _mm512_store_si512(out, _mm512_sub_epi8(low, zero));
-                _mm512_store_si512(out + 64, _mm512_sub_epi8(high, zero));
-            }
-        }
+    template <int kShift>
+    static Floats weights(Ints codes, const Factors& factors) {
+        return multiply_add(floats_of(codes >> kShift & 15), factors.scale, factors.offset);
     }
-
-    void expand_scales(const PairBlock& pair, int64_t panel) {
-        const int64_t groups = block_columns(layout_, pair.block) / layout_.group_size;
-        const uint16_t* from = layout_.group_scales(weight_, pair.panel + panel) + first_group(pair) * kPanel;
-        for (int64_t group = 0; group < groups; ++group) {
-            const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + group * kPanel));
-            _mm512_store_ps(scales_[group][panel], _mm512_maskz_cvtph_ps(kAll, half));
-        }
-    }
-
-    const PackedLayout& layout_;
-    const uint8_t* weight_;
-    alignas(64) uint8_t codes_[2][kActivationBlock * kPanel];
-    alignas(64) float scales_[kActivationBlock / kSmallestGroup][2][kPanel] = {};
 };
 
-template <int kPlanes>
-void multiply_planes(const FullyConnectedTask& task, int64_t begin, int64_t end) {
-    if (task.layout.group_size == 32) {
-        multiply_quantized<Int4Weights, kPlanes, 32>(task, begin, end);
-    } else {
-        multiply_quantized<Int4Weights, kPlanes, 64>(task, begin, end);
+// Weights in signed int8, with a scale for each feature of a block: the largest weight that one of its groups can have,
+// by 127. So each is off by half a step of that scale, as 8-bit activations are of theirs: where the step of int4 is
+// largest, by a sixteenth of it at most.
+struct Int4ToInt8 {
+    static constexpr int64_t kBlockColumns = kActivationBlock;
+    static constexpr int64_t kExpandedBytes = 2 * kLineBytes;
+
+    typedef int16_t Words __attribute__((vector_size(64)));
+
+    // Of each feature twice, for the two 16-bit parts of its lane: 16 times the zero point, and 2^11 times what a step
+    // of the codes is in int8, at most 2^11 * 127 / 8.
+    struct Factors {
+        Words zero_points, multipliers;
+    };
+
+    static void make_factors(const uint16_t* scales, const uint8_t* zero_points, int64_t groups, Factors* factors,
+                             float* block_scales) {
+        Floats largest{};
+        for (int64_t group = 0; group < groups; ++group) {
+            const Ints below = load_zero_points(zero_points + group * kPanel), above = 15 - below;
+            const Floats reach = floats_of(below > above ? below : above);
+            largest = max_of(reach * absolute(load_scales(scales + group * kPanel)), largest);
+        }
+        store(block_scales, largest / 127.0f);
+        const Floats per_scale = largest > 0.0f ? 127.0f * 2048.0f / largest : Floats{};
+        for (int64_t group = 0; group < groups; ++group) {
+            const Ints zero = load_zero_points(zero_points + group * kPanel) << 4;
+            // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+            const Floats multiplier = load_scales(scales + group * kPanel) * per_scale;
+            const Ints whole = bits_of(multiplier + 12582912.0f) & 0xffff;
+            factors[group] = {Words(zero | zero << 16), Words(whole | whole << 16)};
+        }
     }
+
+    static void expand(const uint8_t* line, const Factors& factors, uint8_t* out) {
+        const Bits codes = Bits(load_line(line));
+        store_line(codes << 4, codes >> 4, factors, out);
+        store_line(codes, codes >> 8, factors, out + kLineBytes);
+    }
+
+private:
+    // Four neighbours of K: the codes of the first and third lie in bits 4 to 7 of the 16-bit parts of `even`, those of
+    // the second and fourth in `odd`.
+    static void store_line(Bits even, Bits odd, const Factors& factors, uint8_t* out) {
+        const Words low = weights(even, factors) & 0xff, high = weights(odd, factors) << 8;
+        const Words line = low | high;
+        std::memcpy(out, &line, sizeof line);
+    }
+
+    static Words weights(Bits codes, const Factors& factors) {
+        const Words differences = Words(codes & 0x00f000f0u) - factors.zero_points;
+        return Words(_mm512_maskz_mulhrs_epi16(kAllWords, __m512i(differences), __m512i(factors.multipliers)));
+    }
+};
+
+int64_t prepared_bytes(const PackedLayout& layout, int64_t rows, int activation_bits) {
+    const auto of_bits = activation_bits == 16 ? prepared_bytes_bf16 : prepared_bytes_quantized;
+    return of_bits(layout, rows, activation_bits);
+}
+
+void prepare(const PackedLayout& layout, int64_t rows, int activation_bits, const float* x, int64_t x_stride,
+             int64_t begin, int64_t end, void* prepared) {
+    const auto of_bits = activation_bits == 16 ? prepare_bf16 : prepare_quantized;
+    of_bits(layout, rows, activation_bits, x, x_stride, begin, end, prepared);
 }
 
 void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
     if (task.activation_bits == 16) {
-        multiply_planes<2>(task, begin, end);
+        multiply_bf16<ExpandedWeights<Int4ToBf16>>(task, begin, end);
     } else {
-        multiply_planes<1>(task, begin, end);
+        multiply_quantized<1, false, ExpandedWeights<Int4ToInt8>>(task, begin, end);
     }
 }
 
 }  // namespace
 
 FullyConnectedKernel fully_connected_int4() {
-    return {prepared_bytes_quantized, prepare_quantized, multiply};
+    return {prepared_bytes, prepare, multiply};
 }
 
 }  // namespace chatglm::CHATGLM_AMX_LEVEL

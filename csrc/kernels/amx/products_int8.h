@@ -1,19 +1,15 @@
-// What the int8 and int4 kernels share: rows of x as tiles of planes, and the product of a pair of panels with them.
+// Products of signed bytes: rows of x as tiles of planes, and the product of a pair of panels of int8 with them.
 //
 // Two A tiles, called streams, meet the two panels of a pair: with 16 bits the high and the low plane of 16 rows, with
 // 8 bits two times 16 rows. So a unit of rows is 16 or 32 rows, and each of its steps loads 4 tiles for 4 products.
 // Integer sums become floats in vector code that runs between the tile products of the next sums (two buffers).
 #pragma once
 
-#include "kernels/amx/blocking.h"
-#include "kernels/epilogue-inl.h"
-#include "kernels/fully_connected-inl.h"
+#include "kernels/amx/weights.h"
 #include "kernels/memory.h"
 
 namespace chatglm::CHATGLM_AMX_LEVEL {
 namespace {
-
-constexpr int64_t kTileBytes = kTileSide * 64;
 
 // Layout of `prepared`:
 //   tiles   [block][unit][stream][columns / 64][16 rows][64 columns] int8
@@ -22,24 +18,22 @@ constexpr int64_t kTileBytes = kTileSide * 64;
 class QuantizedRows {
 public:
     QuantizedRows(const PackedLayout& layout, int64_t rows, int activation_bits)
-        : columns_(layout.padded_in()),
-          blocks_(activation_blocks(layout)),
+        : blocks_{layout.padded_in(), kActivationBlock},
           planes_(activation_bits == 16 ? 2 : 1),
           unit_rows_(2 * kTileSide / planes_),
           padded_rows_(round_up(rows, unit_rows_)) {}
 
-    int64_t blocks() const { return blocks_; }
+    const Blocks& blocks() const { return blocks_; }
     int64_t planes() const { return planes_; }
     int64_t unit_rows() const { return unit_rows_; }
     int64_t padded_rows() const { return padded_rows_; }
     int64_t units() const { return padded_rows_ / unit_rows_; }
-    int64_t columns(int64_t block) const { return std::min(kActivationBlock, columns_ - block * kActivationBlock); }
-    int64_t tile_bytes() const { return padded_rows_ * columns_ * planes_; }
-    int64_t bytes() const { return tile_bytes() + blocks_ * padded_rows_ * 4 * (1 + planes_); }
+    int64_t tile_bytes() const { return padded_rows_ * blocks_.padded_in * planes_; }
+    int64_t bytes() const { return tile_bytes() + blocks_.count() * padded_rows_ * 4 * (1 + planes_); }
 
     // Tiles of the first unit; both streams of a unit lie one after the other, and the next unit behind them.
     int64_t units_at(int64_t block) const { return block * kActivationBlock * padded_rows_ * planes_; }
-    int64_t stream_bytes(int64_t block) const { return kTileSide * columns(block); }
+    int64_t stream_bytes(int64_t block) const { return kTileSide * blocks_.columns_of(block); }
 
     // First byte of a row in a plane; its next 64 columns are a tile further.
     int64_t row_at(int64_t block, int64_t row, int64_t plane) const {
@@ -49,11 +43,12 @@ public:
     }
     int64_t scale_at(int64_t block, int64_t row) const { return tile_bytes() + (block * padded_rows_ + row) * 4; }
     int64_t offset_at(int64_t block, int64_t plane, int64_t row) const {
-        return tile_bytes() + ((blocks_ + block * planes_ + plane) * padded_rows_ + row) * 4;
+        return tile_bytes() + ((blocks_.count() + block * planes_ + plane) * padded_rows_ + row) * 4;
     }
 
 private:
-    int64_t columns_, blocks_, planes_, unit_rows_, padded_rows_;
+    Blocks blocks_;
+    int64_t planes_, unit_rows_, padded_rows_;
 };
 
 // Low bytes of 64 numbers of 16 bits, in their order.
@@ -91,8 +86,8 @@ inline int32_t write_plane(const int16_t* q, int64_t columns, uint8_t* out) {
 inline void prepare_row(const PackedLayout& layout, const QuantizedRows& rows, const float* x, int64_t row,
                         uint8_t* out) {
     alignas(64) int16_t q[kActivationBlock] = {};
-    for (int64_t block = 0; block < rows.blocks(); ++block) {
-        const int64_t columns = rows.columns(block), from = block * kActivationBlock;
+    for (int64_t block = 0; block < rows.blocks().count(); ++block) {
+        const int64_t columns = rows.blocks().columns_of(block), from = block * kActivationBlock;
         const int64_t count = std::min(columns, layout.in_features - from);
         const int bits = rows.planes() == 2 ? 16 : 8;
         const float scale = x ? quantize_block(x + from, count, columns, bits, q) : 0.0f;
@@ -121,25 +116,11 @@ inline void prepare_quantized(const PackedLayout& layout, int64_t rows, int acti
     }
 }
 
-// Groups whose sums are taken together into y: with each group alone, loads and stores of y would cost more time than
-// the products of a group of 128 columns.
-constexpr int kMostParts = 2;
-
-// Integer sums of a unit over each of a few groups.
+// Integer sums of a unit over a block.
 struct alignas(64) UnitSums {
-    int32_t values[kMostParts][2][2][kTileSide][kPanel];  // [group][panel of the pair][stream][row][feature]
+    int32_t values[2][2][kTileSide][kPanel];  // [panel of the pair][stream][row][feature]
 };
-constexpr int64_t kStreamSums = kTileSide * kPanel, kPanelSums = 2 * kStreamSums, kPartSums = 2 * kPanelSums;
-
-// What a pair of panels brings to a block.
-struct PairWeights {
-    const uint8_t* panel[2];    // lines of the block
-    const float* group_scales;  // [groups of the block][2 panels][16]; int8: null
-};
-
-inline Floats floats_of(Ints v) {
-    return __builtin_convertvector(v, Floats);
-}
+constexpr int64_t kStreamSums = kTileSide * kPanel, kPanelSums = 2 * kStreamSums;
 
 inline Ints load_sums(const int32_t* p) {
     Ints v;
@@ -148,34 +129,28 @@ inline Ints load_sums(const int32_t* p) {
 }
 
 // Turns the integer sums of a unit into floats and adds them to y [unit rows][32], a chunk of rows at a time.
-template <int kPlanes, bool kGrouped>
+// kUnsigned: weights are stored with 128 added and have no scale here. Others have one a block and feature.
+template <int kPlanes, bool kUnsigned>
 class Combiner {
 public:
     static constexpr int64_t kUnitRows = 2 * kTileSide / kPlanes;
     static constexpr int64_t kChunks = 8;
 
-    Combiner(const QuantizedRows& rows, const uint8_t* prepared, int64_t block)
-        : first_scale_(reinterpret_cast<const float*>(prepared + rows.scale_at(block, 0))),
-          first_offset_{reinterpret_cast<const int32_t*>(prepared + rows.offset_at(block, 0, 0)),
-                        reinterpret_cast<const int32_t*>(prepared + rows.offset_at(block, kPlanes - 1, 0))} {}
+    Combiner(const QuantizedRows& rows, const uint8_t* prepared, int64_t block, const float* weight_scales)
+        : scales_(reinterpret_cast<const float*>(prepared + rows.scale_at(block, 0))),
+          high_offsets_(reinterpret_cast<const int32_t*>(prepared + rows.offset_at(block, 0, 0))),
+          low_offsets_(reinterpret_cast<const int32_t*>(prepared + rows.offset_at(block, kPlanes - 1, 0))),
+          weight_scales_(weight_scales) {}
 
-    void start(const UnitSums& sums, int parts, int64_t first_row, const float* group_scales, float* y) {
-        sums_ = sums.values[0][0][0][0];
-        parts_ = parts;
-        row_ = first_row;
-        group_scales_ = group_scales;
+    // The next unit of rows, the first one at the first call.
+    void start(const UnitSums& sums, float* y) {
+        sums_ = sums.values[0][0][0];
         y_ = y;
         left_ = kChunks;
     }
 
     void run(int64_t chunks) {
-        for (; chunks > 0 && left_ > 0; --chunks, --left_) {
-            if (kGrouped && parts_ == kMostParts) {
-                add_chunk<kMostParts>();
-            } else {
-                add_chunk<1>();
-            }
-        }
+        for (; chunks > 0 && left_ > 0; --chunks, --left_) add_chunk();
     }
 
     void drain() { run(kChunks); }
@@ -183,51 +158,49 @@ public:
 private:
     static constexpr int64_t kRows = kUnitRows / kChunks;
 
-    template <int kParts>
     void add_chunk() {
-        Floats group_scale[kParts][2] = {};
-        for (int i = 0; kGrouped && i < 2 * kParts; ++i) group_scale[i / 2][i % 2] = load(group_scales_ + i * kPanel);
+        Floats weight_scale[2] = {};
+        for (int panel = 0; !kUnsigned && panel < 2; ++panel) {
+            weight_scale[panel] = load(weight_scales_ + panel * kPanel);
+        }
 #pragma GCC unroll 4
-        for (int64_t row = 0; row < kRows; ++row) add_row<kParts>(group_scale, row);
-        row_ += kRows;
+        for (int64_t row = 0; row < kRows; ++row) add_row(weight_scale, row);
+        scales_ += kRows;
+        high_offsets_ += kRows;
+        low_offsets_ += kRows;
         sums_ += kRows * kPanel;
         y_ += kRows * kPairFeatures;
     }
 
-    template <int kParts>
-    void add_row(const Floats (&group_scale)[kParts][2], int64_t row) {
-        const Floats scale = broadcast(first_scale_[row_ + row]);
-        const Ints high = Ints{} + first_offset_[0][row_ + row], low = Ints{} + first_offset_[1][row_ + row];
+    void add_row(const Floats (&weight_scale)[2], int64_t row) {
+        const Floats scale = broadcast(scales_[row]);
+        const Ints high = Ints{} + high_offsets_[row], low = Ints{} + low_offsets_[row];
 #pragma GCC unroll 2
         for (int panel = 0; panel < 2; ++panel) {
-            const int32_t* sums = sums_ + panel * kPanelSums + row * kPanel;
             float* y = y_ + row * kPairFeatures + panel * kPanel;
-            Floats sum = load(y);
-#pragma GCC unroll 2
-            for (int part = 0; part < kParts; ++part) {
-                const Floats factor = kGrouped ? scale * group_scale[part][panel] : scale;
-                sum = multiply_add(total(sums + part * kPartSums, high, low), factor, sum);
-            }
-            store(y, sum);
+            const Floats factor = kUnsigned ? scale : scale * weight_scale[panel];
+            store(y, multiply_add(total(sums_ + panel * kPanelSums + row * kPanel, high, low), factor, load(y)));
         }
     }
 
-    // 256 times the high plane's sum plus the low one's, rounded once; int8 weights are stored with 128 added.
+    // 256 times the high plane's sum plus the low one's, rounded once.
     static Floats total(const int32_t* sums, Ints high_offset, Ints low_offset) {
         const Ints low = load_sums(sums + (kPlanes - 1) * kStreamSums);
-        const Floats of_low = floats_of(kGrouped ? low : low - low_offset);
+        const Floats of_low = floats_of(kUnsigned ? low - low_offset : low);
         if (kPlanes == 1) return of_low;
         const Ints high = load_sums(sums);
-        return multiply_add(broadcast(256.0f), floats_of(kGrouped ? high : high - high_offset), of_low);
+        return multiply_add(broadcast(256.0f), floats_of(kUnsigned ? high - high_offset : high), of_low);
     }
 
-    const float* first_scale_;          // of row 0
-    const int32_t* first_offset_[2];    // of row 0: high plane, low plane
+    // Of the next row:
+    const float* scales_;
+    const int32_t* high_offsets_;
+    const int32_t* low_offsets_;
     const int32_t* sums_ = nullptr;
-    int parts_ = 1;
-    const float* group_scales_ = nullptr;
     float* y_ = nullptr;
-    int64_t row_ = 0, left_ = 0;
+
+    const float* weight_scales_;
+    int64_t left_ = 0;
 };
 
 template <bool kUnsignedWeights, int kSum, int kA, int kB>
@@ -239,22 +212,20 @@ inline void dot_weights() {
     }
 }
 
-// Sums of both streams of a unit with both panels over columns [begin, end) of a block, [panel][stream]; `between` runs
-// in each step.
-template <bool kUnsignedWeights, int kDepth, typename Between>
-inline void multiply_unit(const uint8_t* unit, int64_t stream_bytes, const PairWeights& weights, int64_t begin,
-                          int64_t end, int32_t (&sums)[2][2][kTileSide][kPanel], const Between& between) {
+// Sums of both streams of a unit with both panels over a block, [panel][stream]; `between` runs in each step.
+template <bool kUnsigned, typename Between>
+inline void multiply_unit(const uint8_t* unit, int64_t stream_bytes, const PairLines& lines,
+                          int32_t (&sums)[2][2][kTileSide][kPanel], const Between& between) {
     zero_sums();
-    for (int64_t k = begin; k < end; k += kDepth) {
-        const uint8_t* a = unit + k / 64 * kTileBytes + k % 64;
-        load_tile<6>(weights.panel[0] + k * kPanel, 64);
-        load_tile<4>(a, 64);
-        dot_weights<kUnsignedWeights, 0, 4, 6>();
-        load_tile<7>(weights.panel[1] + k * kPanel, 64);
-        dot_weights<kUnsignedWeights, 1, 4, 7>();
-        load_tile<5>(a + stream_bytes, 64);
-        dot_weights<kUnsignedWeights, 2, 5, 6>();
-        dot_weights<kUnsignedWeights, 3, 5, 7>();
+    for (int64_t at = 0; at < stream_bytes; at += kTileBytes) {
+        load_tile<6>(lines.panel[0] + at, 64);
+        load_tile<4>(unit + at, 64);
+        dot_weights<kUnsigned, 0, 4, 6>();
+        load_tile<7>(lines.panel[1] + at, 64);
+        dot_weights<kUnsigned, 1, 4, 7>();
+        load_tile<5>(unit + stream_bytes + at, 64);
+        dot_weights<kUnsigned, 2, 5, 6>();
+        dot_weights<kUnsigned, 3, 5, 7>();
         between();
     }
     constexpr int64_t kStride = kPanel * sizeof(int32_t);
@@ -264,53 +235,45 @@ inline void multiply_unit(const uint8_t* unit, int64_t stream_bytes, const PairW
     store_tile<3>(sums[1][1], kStride);
 }
 
-// Adds one block of columns of all rows times a pair of panels to y [padded rows][32].
-template <typename Weights, int kPlanes, int kDepth>
-void multiply_pair_block(const QuantizedRows& rows, const uint8_t* prepared, int64_t block, const Weights& source,
-                         const PairWeights& weights, const PairBlock& next, float* y) {
-    using Combine = Combiner<kPlanes, Weights::kGrouped>;
-    const int64_t columns = rows.columns(block), group = source.group_columns(columns), groups = columns / group;
-    const int64_t stream_bytes = rows.stream_bytes(block), units = rows.units();
+// Adds one block of columns of all rows times a pair of panels to y [padded rows][32], and brings the next pair.
+template <int kPlanes, bool kUnsigned, typename Weights>
+void multiply_pair_block(const QuantizedRows& rows, const uint8_t* prepared, int64_t block, Weights& weights,
+                         const PairBlock& next, float* y) {
+    using Combine = Combiner<kPlanes, kUnsigned>;
+    const int64_t stream_bytes = rows.stream_bytes(block), steps = stream_bytes / kTileBytes, units = rows.units();
+    const int64_t chunks_per_step = (Combine::kChunks + steps - 1) / steps;
     const uint8_t* unit = prepared + rows.units_at(block);
-    Prefetch prefetch = source.prefetch(next, units * (columns / kDepth));
-    Combine previous(rows, prepared, block);
+    const PairLines lines = weights.take();
+    weights.start(next, units * steps);
+    Combine previous(rows, prepared, block, lines.scales);
     UnitSums sums[2];
-    int turn = 0;
     for (int64_t i = 0; i < units; ++i, unit += 2 * stream_bytes, y += Combine::kUnitRows * kPairFeatures) {
-        for (int64_t first = 0; first < groups; first += kMostParts, turn ^= 1) {
-            const int parts = static_cast<int>(std::min<int64_t>(kMostParts, groups - first));
-            const int64_t steps = parts * group / kDepth, chunks_per_step = (Combine::kChunks + steps - 1) / steps;
-            for (int part = 0; part < parts; ++part) {
-                const int64_t begin = (first + part) * group;
-                multiply_unit<Weights::kUnsigned, kDepth>(unit, stream_bytes, weights, begin, begin + group,
-                                                          sums[turn].values[part], [&] {
-                                                              previous.run(chunks_per_step);
-                                                              prefetch.step();
-                                                          });
-            }
-            previous.drain();
-            previous.start(sums[turn], parts, i * Combine::kUnitRows, weights.group_scales + first * kPairFeatures, y);
-        }
+        multiply_unit<kUnsigned>(unit, stream_bytes, lines, sums[i % 2].values, [&] {
+            previous.run(chunks_per_step);
+            weights.step();
+        });
+        previous.start(sums[i % 2], y);
     }
     previous.drain();
 }
 
-template <typename Weights, int kPlanes, int kDepth>
+template <int kPlanes, bool kUnsigned, typename Weights>
 void multiply_quantized(const FullyConnectedTask& task, int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     const QuantizedRows rows(task.layout, task.rows, task.activation_bits);
     const int64_t group_pairs = pairs_of_group(rows.tile_bytes()), pair_floats = rows.padded_rows() * kPairFeatures;
     const uint8_t* prepared = static_cast<const uint8_t*>(task.prepared);
     float* sums = scratch.get<float>(group_pairs * pair_floats);
-    Weights source(task);
-    const TileScope tiles(kTileSide, kDepth);
+    Weights weights(task, rows.blocks());
+    weights.start(pair_before(end, begin, 0), 1);
+    const TileScope tiles(kTileSide, 64);
     const auto multiply = [&](const PairBlock& pair, int64_t first, const PairBlock& next) {
         float* y = sums + (pair.panel - first) / 2 * pair_floats;
         if (pair.block == 0) std::fill(y, y + pair_floats, 0.0f);
-        multiply_pair_block<Weights, kPlanes, kDepth>(rows, prepared, pair.block, source, source.load(pair), next, y);
+        multiply_pair_block<kPlanes, kUnsigned>(rows, prepared, pair.block, weights, next, y);
     };
     const auto finish = [&](int64_t first, int64_t last) { finish_group(task, first, last, sums, pair_floats); };
-    walk(begin, end, rows.blocks(), group_pairs, multiply, finish);
+    walk(begin, end, rows.blocks().count(), group_pairs, multiply, finish);
 }
 
 }  // namespace
