@@ -53,20 +53,37 @@ inline void add_residual_and_store(const FullyConnectedTask& task, int64_t row, 
     }
 }
 
-struct RowRange {
-    int64_t begin, end;
+// Where the sums of packed features lie: row r of the panels p and p + 1, p being even, from
+// first + r * row_stride + p / 2 * pair_stride on, side by side. Panels count from the first that is finished.
+struct Sums {
+    const float* first;
+    int64_t row_stride, pair_stride;
+
+    const float* panel(int64_t row, int64_t p) const {
+        return first + row * row_stride + p / 2 * pair_stride + p % 2 * kPanel;
+    }
 };
 
+// Brings a part of a later row of the residual into the cache: rows lie pages apart, so that the processor does not find
+// them by itself.
+inline void prefetch_residual(const FullyConnectedTask& task, int64_t row, int64_t feature, int64_t count) {
+    if (task.epilogue.residual == nullptr || row >= task.rows) return;
+    const float* residual = task.epilogue.residual + row * task.epilogue.residual_stride + feature;
+    for (int64_t i = 0; i < count; i += 16) _mm_prefetch(residual + i, _MM_HINT_T0);
+}
+
 template <Activation kActivation>
-void finish_rows(const FullyConnectedTask& task, RowRange rows, int64_t begin, int64_t end, const float* sums,
-                 int64_t stride) {
+void finish_rows(const FullyConnectedTask& task, int64_t begin, int64_t end, const Sums& sums) {
     constexpr bool kGated = kActivation == Activation::silu_gate;
+    constexpr int64_t kPanelsOfFeature = kGated ? 2 : 1, kRowsAhead = 4;
     const Channels channels(task);
-    for (int64_t row = rows.begin; row < rows.end; ++row, sums += stride) {
-        for (int64_t panel = begin; panel < end; panel += kGated ? 2 : 1) {
+    for (int64_t row = 0; row < task.rows; ++row) {
+        prefetch_residual(task, row + kRowsAhead, begin / kPanelsOfFeature * kPanel,
+                          (end - begin) / kPanelsOfFeature * kPanel);
+        for (int64_t panel = begin; panel < end; panel += kPanelsOfFeature) {
             for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
                 const int64_t feature = panel * kPanel + lane;
-                const float* at = sums + feature - begin * kPanel;
+                const float* at = sums.panel(row, panel - begin) + lane;
                 Floats value = channels(feature, at);
                 if (kActivation == Activation::gelu_tanh) value = gelu_tanh_of(value);
                 if (kGated) value = silu_of(value) * channels(feature + kPanel, at + kPanel);
@@ -76,15 +93,13 @@ void finish_rows(const FullyConnectedTask& task, RowRange rows, int64_t begin, i
     }
 }
 
-// Features of y of the panels [begin, end), some rows of the task, from their sums: each row has its panels side by
-// side, the first row at `sums`, the next `stride` floats further. Out of line, so that each path through a kernel
+// Features of y of the panels [begin, end), all rows, from their sums. Out of line, so that each path through a kernel
 // rounds in the same way.
-[[gnu::noinline]] void finish(const FullyConnectedTask& task, RowRange rows, int64_t begin, int64_t end,
-                              const float* sums, int64_t stride) {
+[[gnu::noinline]] void finish(const FullyConnectedTask& task, int64_t begin, int64_t end, const Sums& sums) {
     switch (task.epilogue.activation) {
-        case Activation::none: return finish_rows<Activation::none>(task, rows, begin, end, sums, stride);
-        case Activation::gelu_tanh: return finish_rows<Activation::gelu_tanh>(task, rows, begin, end, sums, stride);
-        case Activation::silu_gate: return finish_rows<Activation::silu_gate>(task, rows, begin, end, sums, stride);
+        case Activation::none: return finish_rows<Activation::none>(task, begin, end, sums);
+        case Activation::gelu_tanh: return finish_rows<Activation::gelu_tanh>(task, begin, end, sums);
+        case Activation::silu_gate: return finish_rows<Activation::silu_gate>(task, begin, end, sums);
     }
 }
 

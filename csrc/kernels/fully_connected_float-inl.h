@@ -119,7 +119,7 @@ void multiply_panels(const FullyConnectedTask& task, int64_t panel) {
             });
         }
     }
-    finish(task, {0, task.rows}, panel, panel + kPanels, sums, kStride);
+    finish(task, panel, panel + kPanels, {sums, kStride, 2 * kPanel});
 }
 
 template <typename Format>

@@ -375,7 +375,7 @@ void multiply_panels(const FullyConnectedTask& task, const Weight& weight, const
             }
         }
     }
-    finish(task, {0, task.rows}, panel, panel + count, sums, stride);
+    finish(task, panel, panel + count, {sums, stride, 2 * kPanel});
 }
 
 template <typename Format, int kPlanes>

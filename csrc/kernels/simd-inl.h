@@ -102,13 +102,25 @@ inline Floats absolute(Floats v) {
     return floats_of_bits(bits_of(v) & 0x7fffffff);
 }
 
+constexpr float kLeastExponent = -87.33654f, kMostExponent = 88.72283f;
+
+// x, where exp_of needs it, between its bounds; NaN stays. AVX-512 needs the upper one only, as its result is masked, and
+// a little above it, for infinity.
+inline Floats clamped_to_exponents(Floats x) {
+#if defined(__AVX512F__)
+    return Floats(_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(89.0f), __m512(x)));
+#else
+    const Floats low = broadcast(kLeastExponent), high = broadcast(kMostExponent);
+    const Floats above = low > x ? low : x;
+    return high < above ? high : above;
+#endif
+}
+
 // exp(x) to 1 unit in the last place for x in [-87.33654, 88.72283]; smaller x give 0, larger ones infinity, NaN gives
 // NaN. x = n ln2 + r with |r| <= ln2 / 2; exp(r) by the polynomial 1 + r + r^2 (..) of degree 6 whose largest relative
 // error is least (4e-9), times 2^n.
 inline Floats exp_of(Floats x) {
-    const Floats low = broadcast(-87.33654f), high = broadcast(88.72283f);
-    const Floats above = low > x ? low : x;  // NaN stays
-    const Floats inside = high < above ? high : above;
+    const Floats inside = clamped_to_exponents(x);
     // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
     const Floats shift = broadcast(12582912.0f);
     const Floats shifted = inside * 1.44269504f + shift;
@@ -122,10 +134,16 @@ inline Floats exp_of(Floats x) {
     p = p * r + 0.49999994f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
+#if defined(__AVX512F__)
+    // The mask is true for NaN. 2^n overflows where it should.
+    const __mmask16 is_not_below = _mm512_cmp_ps_mask(__m512(x), __m512(broadcast(kLeastExponent)), _CMP_NLT_UQ);
+    return Floats(_mm512_maskz_scalef_ps(is_not_below, __m512(p), __m512(n)));
+#else
     // p is in [0.7, 1.5): n goes into its exponent, and where n = 128, p is below 1. Unsigned, as NaN may wrap around.
     const Floats result = floats_of_bits(Ints(Bits(bits_of(p)) + (Bits(bits_of(shifted)) << 23)));
-    const Floats outside = x < low ? Floats{} : x + std::numeric_limits<float>::infinity();
+    const Floats outside = x < kLeastExponent ? Floats{} : x + std::numeric_limits<float>::infinity();
     return inside == x ? result : outside;
+#endif
 }
 
 // 1 / (1 + exp(-x)).

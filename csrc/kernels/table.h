@@ -47,12 +47,13 @@ constexpr int64_t kMaxRows = 512;
 constexpr int64_t kActivationBlock = 512;
 
 // One weight format. int8 and int4 quantize x by row and block of kActivationBlock columns:
-//   16 bits: q = rint(x / s), s = max|x| / 32639, |q| <= 32639 = 127 * 256 + 127; q = 256 hi + lo, both in -128..127
-//    8 bits: q = rint(x / s), s = max|x| / 127
+//   16 bits: q = rint(x * (1 / s)), s = max|x| / 32639, |q| <= 32639 = 127 * 256 + 127; q = 256 hi + lo, both in -128..127
+//    8 bits: q = rint(x * (1 / s)), s = max|x| / 127
 // s is at least the smallest normal number. A block with a value that is not finite has s = NaN and q = 0, so that
 // its row becomes NaN. The sum over a block is an exact integer T (code - zero_point times q, in int4 per group), and y
 // is fma(float(T), s, y) over blocks in rising order, then times the channel's scale (int4: s times the group's scale,
 // group by group): so the result of a row depends neither on the number of rows nor on the instruction set.
+// Only int4 has another result with the tiles of AMX, which many rows use there: see amx/fully_connected_int4.cpp.
 struct FullyConnectedKernel {
     // Bytes of `prepared` for that many rows.
     int64_t (*prepared_bytes)(const PackedLayout& layout, int64_t rows, int activation_bits);

@@ -7,7 +7,7 @@
 
 #include <cstring>
 
-#include "kernels/simd-inl.h"
+#include "kernels/fully_connected-inl.h"
 
 namespace chatglm {
 namespace {
@@ -77,7 +77,7 @@ constexpr int64_t kPackedColumns = 32;
 template <int kPlanes>
 void pack_planes(const int16_t* q, int8_t* words) {
 #if defined(__AVX512F__)
-    const __m512i columns = _mm512_loadu_si512(q);
+    const __m512i columns = load_words(q);
     const __m256i low = _mm512_maskz_cvtepi16_epi8(kAllBytes, columns);
     if constexpr (kPlanes == 1) {
         _mm256_store_si256(reinterpret_cast<__m256i*>(words), low);

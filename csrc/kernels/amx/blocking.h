@@ -8,8 +8,7 @@
 #include <algorithm>
 
 #include "kernels/amx/tiles.h"
-#include "kernels/epilogue-inl.h"
-#include "kernels/fully_connected-inl.h"
+#include "kernels/packing.h"
 
 namespace chatglm::CHATGLM_AMX_LEVEL {
 namespace {
@@ -66,19 +65,6 @@ void walk(int64_t begin, int64_t end, int64_t blocks, int64_t group_pairs, const
             }
         }
         done(first, last);
-    }
-}
-
-// `finish` for the panels [first, last) of a group, whose sums are [pair][padded rows][32], pair_floats a pair. A few
-// rows at a time: the rows of y lie pages apart, and those of a pair alone would be more than the TLB holds.
-inline void finish_group(const FullyConnectedTask& task, int64_t first, int64_t last, const float* sums,
-                         int64_t pair_floats) {
-    for (int64_t row = 0; row < task.rows; row += kTileSide) {
-        const RowRange rows{row, std::min(row + kTileSide, task.rows)};
-        for (int64_t panel = first; panel < last; panel += 2) {
-            const float* pair = sums + (panel - first) / 2 * pair_floats + row * kPairFeatures;
-            finish(task, rows, panel, std::min(panel + 2, last), pair, kPairFeatures);
-        }
     }
 }
 

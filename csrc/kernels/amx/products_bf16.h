@@ -115,8 +115,10 @@ void multiply_bf16(const FullyConnectedTask& task, int64_t begin, int64_t end) {
         float* y = sums + (pair.panel - first) / 2 * pair_floats;
         multiply_pair_block_bf16(rows, prepared, pair.block, weights, next, y);
     };
-    const auto finish = [&](int64_t first, int64_t last) { finish_group(task, first, last, sums, pair_floats); };
-    walk(begin, end, rows.blocks.count(), group_pairs, multiply, finish);
+    const auto finish_group = [&](int64_t first, int64_t last) {
+        finish(task, first, last, {sums, kPairFeatures, pair_floats});
+    };
+    walk(begin, end, rows.blocks.count(), group_pairs, multiply, finish_group);
 }
 
 }  // namespace

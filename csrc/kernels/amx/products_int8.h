@@ -66,7 +66,7 @@ template <bool kHigh>
 inline int32_t write_plane(const int16_t* q, int64_t columns, uint8_t* out) {
     __m512i sums = _mm512_setzero_si512();
     for (int64_t i = 0; i < columns; i += 64, out += kTileBytes) {
-        __m512i first = _mm512_loadu_si512(q + i), second = _mm512_loadu_si512(q + i + 32);
+        __m512i first = load_words(q + i), second = load_words(q + i + 32);
         if constexpr (kHigh) {
             const __m512i half = _mm512_set1_epi16(128);
             first = _mm512_srai_epi16(_mm512_add_epi16(first, half), 8);
@@ -272,8 +272,10 @@ void multiply_quantized(const FullyConnectedTask& task, int64_t begin, int64_t e
         if (pair.block == 0) std::fill(y, y + pair_floats, 0.0f);
         multiply_pair_block<kPlanes, kUnsigned>(rows, prepared, pair.block, weights, next, y);
     };
-    const auto finish = [&](int64_t first, int64_t last) { finish_group(task, first, last, sums, pair_floats); };
-    walk(begin, end, rows.blocks().count(), group_pairs, multiply, finish);
+    const auto finish_group = [&](int64_t first, int64_t last) {
+        finish(task, first, last, {sums, kPairFeatures, pair_floats});
+    };
+    walk(begin, end, rows.blocks().count(), group_pairs, multiply, finish_group);
 }
 
 }  // namespace

@@ -5,6 +5,8 @@
 #pragma once
 
 #include "kernels/amx/blocking.h"
+#include "kernels/epilogue-inl.h"
+#include "kernels/fully_connected-inl.h"
 
 namespace chatglm::CHATGLM_AMX_LEVEL {
 namespace {

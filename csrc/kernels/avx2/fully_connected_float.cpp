@@ -134,7 +134,7 @@ void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
         } else {
             multiply_panels<Format, Format::kRows, 1>(task, first, last, sums, stride);
         }
-        finish(task, {0, task.rows}, first, last, sums, stride);
+        finish(task, first, last, {sums, stride, 2 * kPanel});
     }
 }
 

@@ -309,7 +309,7 @@ void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
                 }
             }
         }
-        finish(task, {0, task.rows}, first, last, sums, stride);
+        finish(task, first, last, {sums, stride, 2 * kPanel});
     }
 }
 
