@@ -22,13 +22,21 @@ FILES = ("test_runtime.py", "test_lowering_fused.py", "test_kv_cache.py")
 CHOSEN = "(fused or kv_cache) and not v1_28l"
 """The deep set is of sizes that a tiny one has as well."""
 LEVELS = native().ISA_LEVELS if unavailable() is None else ("avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
+EMULATED = "amx_emulated"
+"""AMX's kernels on tiles in plain C++: where there is AVX-512 BF16, and no AMX."""
+
+
+def present() -> list[str]:
+    levels = native().present_isa_levels()
+    return [*levels, EMULATED] if "avx512_bf16" in levels and "amx" not in levels else levels
+
 
 pytestmark = without_library
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", [*LEVELS, EMULATED])
 def test_fused_lowering_at(level: str):
-    if level not in native().present_isa_levels():
+    if level not in present():
         pytest.skip(f"this machine lacks {level}")
     if level == native().isa():
         pytest.skip(f"{level} is in use: the other tests run on it")

@@ -33,10 +33,16 @@ from golden_sets import Golden
 from chatglm_ov import convert, runtime
 from chatglm_ov.config import load_config
 from chatglm_ov.models import chatglm2
+from chatglm_ov.native import native
 from chatglm_ov.runtime import CompiledModel
 
 pytestmark = without_library
 formats = pytest.mark.parametrize("weight_format", ["f32", "bf16", "int8", "int4"])
+
+
+def rounds_to_bf16(weight_format: str) -> bool:
+    """Whether many rows are multiplied in bf16: with tiles int4 is, too."""
+    return weight_format == "bf16" or (weight_format == "int4" and native().isa().startswith("amx"))
 
 
 # The graph
@@ -98,7 +104,7 @@ def test_rows_without_logits_are_left_out(
         if weight_format == "int8":
             np.testing.assert_array_equal(one, two)
         # A kernel for many rows rounds x to bf16, one for few may not.
-        step = 2**-8 if weight_format == "bf16" else 2**-20
+        step = 2**-8 if rounds_to_bf16(weight_format) else 2**-20
         np.testing.assert_allclose(one, two, rtol=0, atol=step * np.abs(two).max())
 
 
@@ -157,8 +163,9 @@ def test_tied_head_reads_the_embeddings_payload(
     prompt = golden_prompt(V1, "batch", fused)
     real = prompt.keep.astype(bool)
     ours, wanted = (prompt.feed(model.create_request())[real] for model in (fused, stock))
-    # bf16 weights are multiplied with bf16 activations: 8 bits through 10 layers.
-    assert np.abs(ours - wanted).max() < (0.3 if weight_format == "bf16" else 5e-3)
+    # Forty products round one after the other: 8 bits, or 16 of the largest of 512, which is some 4 times the others.
+    step = 2**-8 if rounds_to_bf16(weight_format) else 2**-14
+    assert np.linalg.norm(ours - wanted) < np.sqrt(40) * step * np.linalg.norm(wanted)
 
 
 def test_a_model_cache_never_takes_one_checkpoint_for_another(tmp_path: Path):
@@ -191,8 +198,12 @@ def test_quantized_weights_are_those_of_the_stock_lowering(golden, weight_format
     rounded = open_compiled(golden.checkpoint, weight_format, "bf16")
     prompt, tokens = golden_prompt(golden, "batch", fused), golden["batch_dec_tokens"]
     ours, exact, bf16 = (teacher_forced(m.create_request(), prompt, tokens)[1] for m in (fused, stock, rounded))
-    assert np.abs(ours - exact).max() < 5e-3
-    assert np.abs(ours - exact).mean() < np.abs(bf16 - exact).mean() / 10
+    error, of_bf16 = (np.abs(each - exact).mean() for each in (ours, bf16))
+    if rounds_to_bf16(weight_format):
+        assert error < of_bf16
+    else:
+        assert np.abs(ours - exact).max() < 5e-3
+        assert error < of_bf16 / 10
 
 
 @pytest.mark.parametrize("weight_format", ["int8", "int4"])
@@ -206,7 +217,7 @@ def test_8_bit_activations(golden, weight_format, open_compiled: Opener):
     for bits in (16, 8):
         model = open_compiled(golden.checkpoint, weight_format, "f32", ops="fused", activation_bits=bits)
         errors[bits] = np.linalg.norm(teacher_forced(model.create_request(), prompt, tokens)[1] - wanted)
-    assert 10 * errors[16] < errors[8] < 0.1 * np.linalg.norm(wanted)
+    assert (2 if rounds_to_bf16(weight_format) else 10) * errors[16] < errors[8] < 0.1 * np.linalg.norm(wanted)
 
 
 @each_small

@@ -282,7 +282,9 @@ def test_a_group_of_pairs_goes_through_all_blocks(fmt, bits, group):
     assert (np.abs(y - exact) <= bound).all()
 
 
-@pytest.mark.parametrize(("fmt", "bits", "group"), [("bf16", 16, 0), ("int8", 16, 0), ("int4", 16, 64), ("int4", 8, 128)])
+@pytest.mark.parametrize(
+    ("fmt", "bits", "group"), [("bf16", 16, 0), ("int8", 16, 0), ("int4", 16, 64), ("int4", 8, 128)]
+)
 def test_epilogues(fmt, bits, group):
     layout, payload, w = make_weight(fmt, 96, 384, group)
     x, rng = make_rows(21, 384) / 100, np.random.default_rng(5)
@@ -370,7 +372,9 @@ def check_attention(query, visible, blocks, keys, values, begin, end):
 
 
 @pytest.mark.parametrize("head_dim", [128, 64, 96, 32, 60])
-@pytest.mark.parametrize(("rows", "slots"), [(16, 1), (16, 33), (8, 64), (11, 300), (16, 515), (13, 767)])
+@pytest.mark.parametrize(
+    ("rows", "slots"), [(16, 1), (16, 33), (8, 64), (11, 300), (16, 515), (13, 767), (1, 300), (3, 64)]
+)
 def test_attention_is_near_double_precision(head_dim, rows, slots):
     blocks, keys, values = make_cache(head_dim, slots)
     rng = np.random.default_rng(slots)

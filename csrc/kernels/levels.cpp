@@ -4,9 +4,9 @@ namespace chatglm {
 namespace {
 
 // A table of a level that has every kernel.
-KernelTable whole_table(Isa isa, FullyConnectedKernel (*fully_connected)(WeightFormat), AttentionKernel attention,
-                        ElementwiseKernel elementwise, LimitKernel limit) {
-    return {isa,
+KernelTable whole_table(const char* level, FullyConnectedKernel (*fully_connected)(WeightFormat),
+                        AttentionKernel attention, ElementwiseKernel elementwise, LimitKernel limit) {
+    return {level,
             {fully_connected(WeightFormat::f32), fully_connected(WeightFormat::bf16),
              fully_connected(WeightFormat::int8), fully_connected(WeightFormat::int4)},
             attention,
@@ -15,9 +15,9 @@ KernelTable whole_table(Isa isa, FullyConnectedKernel (*fully_connected)(WeightF
 }
 
 // A table with the kernels in it that use tiles.
-KernelTable with_tiles(KernelTable level, FullyConnectedKernel (*fully_connected)(WeightFormat),
+KernelTable with_tiles(const char* name, KernelTable level, FullyConnectedKernel (*fully_connected)(WeightFormat),
                        AttentionKernel attention) {
-    level.isa = Isa::amx;
+    level.level = name;
     level.attention = attention;
     for (WeightFormat format : {WeightFormat::bf16, WeightFormat::int8, WeightFormat::int4}) {
         level.fully_connected[static_cast<int>(format)] = fully_connected(format);
@@ -29,7 +29,7 @@ KernelTable with_tiles(KernelTable level, FullyConnectedKernel (*fully_connected
 
 namespace avx2 {
 const KernelTable& table() {
-    static const KernelTable table = whole_table(Isa::avx2, fully_connected, attention(), elementwise(), limit());
+    static const KernelTable table = whole_table("avx2", fully_connected, attention(), elementwise(), limit());
     return table;
 }
 }  // namespace avx2
@@ -38,7 +38,7 @@ namespace avx_vnni {
 const KernelTable& table() {
     static const KernelTable table = [] {
         KernelTable level = avx2::table();
-        level.isa = Isa::avx_vnni;
+        level.level = "avx_vnni";
         level.fully_connected[static_cast<int>(WeightFormat::int8)] = fully_connected_int8();
         level.fully_connected[static_cast<int>(WeightFormat::int4)] = fully_connected_int4();
         level.limit = limit();
@@ -50,7 +50,7 @@ const KernelTable& table() {
 
 namespace avx512 {
 const KernelTable& table() {
-    static const KernelTable table = whole_table(Isa::avx512, fully_connected, attention(), elementwise(), limit());
+    static const KernelTable table = whole_table("avx512", fully_connected, attention(), elementwise(), limit());
     return table;
 }
 }  // namespace avx512
@@ -59,7 +59,7 @@ namespace avx512_bf16 {
 const KernelTable& table() {
     static const KernelTable table = [] {
         KernelTable level = avx512::table();
-        level.isa = Isa::avx512_bf16;
+        level.level = "avx512_bf16";
         level.fully_connected[static_cast<int>(WeightFormat::bf16)] = fully_connected_bf16();
         level.attention = attention();
         level.limit = limit();
@@ -72,7 +72,7 @@ const KernelTable& table() {
 namespace amx {
 const KernelTable& table() {
     static const KernelTable table = [] {
-        KernelTable level = with_tiles(avx512_bf16::table(), fully_connected, attention());
+        KernelTable level = with_tiles("amx", avx512_bf16::table(), fully_connected, attention());
         level.limit = limit();
         return level;
     }();
@@ -82,7 +82,7 @@ const KernelTable& table() {
 
 namespace amx_emulated {
 const KernelTable& table() {
-    static const KernelTable table = with_tiles(avx512_bf16::table(), fully_connected, attention());
+    static const KernelTable table = with_tiles("amx_emulated", avx512_bf16::table(), fully_connected, attention());
     return table;
 }
 }  // namespace amx_emulated

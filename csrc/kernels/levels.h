@@ -43,7 +43,7 @@ AttentionKernel attention();
 LimitKernel limit();
 }  // namespace amx
 
-// The kernels of `amx` with tiles computed in plain C++, on AVX-512 BF16: for tests, never selected.
+// The kernels of `amx` with tiles computed in plain C++, on AVX-512 BF16: for tests, selected by name only.
 namespace amx_emulated {
 const KernelTable& table();
 FullyConnectedKernel fully_connected(WeightFormat format);

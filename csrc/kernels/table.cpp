@@ -1,11 +1,17 @@
 #include "kernels/table.h"
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #include "kernels/levels.h"
 
 namespace chatglm {
+namespace {
+
+constexpr char kEmulated[] = "amx_emulated";
+
+}  // namespace
 
 Activation parse_activation(const std::string& name) {
     if (name == "none") return Activation::none;
@@ -28,13 +34,17 @@ const KernelTable& kernels(Isa isa) {
 }
 
 const KernelTable& kernels_by_name(const std::string& name) {
-    if (name != "amx_emulated") return kernels(parse_isa(name));
+    if (name != kEmulated) return kernels(parse_isa(name));
     kernels(Isa::avx512_bf16);  // what the emulated kernels are compiled for
     return amx_emulated::table();
 }
 
 const KernelTable& kernels() {
-    static const KernelTable& table = kernels(selected_isa());
+    static const KernelTable& table = []() -> const KernelTable& {
+        const char* forced = std::getenv("CHATGLM_OV_ISA");
+        const bool emulated = forced != nullptr && std::string(forced) == kEmulated;
+        return emulated ? kernels_by_name(kEmulated) : kernels(selected_isa());
+    }();
     return table;
 }
 

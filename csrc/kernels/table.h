@@ -112,7 +112,7 @@ struct LimitKernel {
 };
 
 struct KernelTable {
-    Isa isa;
+    const char* level;  // name of an Isa, or amx_emulated
     FullyConnectedKernel fully_connected[4];  // by WeightFormat
     AttentionKernel attention;
     ElementwiseKernel elementwise;
@@ -122,10 +122,11 @@ struct KernelTable {
 // The table of a level. Throws std::runtime_error if the machine lacks it.
 const KernelTable& kernels(Isa isa);
 
-// For tests: the table of a level by its name, or "amx_emulated" (levels.h). Throws as parse_isa and kernels do.
+// The same by its name; also "amx_emulated" (levels.h), which no machine selects by itself. Throws as parse_isa and
+// kernels do.
 const KernelTable& kernels_by_name(const std::string& name);
 
-// The table in use, selected at the first call (isa.h).
+// The table in use, selected at the first call: what selected_isa says, or amx_emulated where CHATGLM_OV_ISA names it.
 const KernelTable& kernels();
 
 }  // namespace chatglm

@@ -10,10 +10,6 @@
 namespace chatglm::CHATGLM_AMX_LEVEL {
 namespace {
 
-// Fewer rows go to the kernel of AVX-512 BF16, as a tile product costs the more for each row the fewer there are. To be
-// measured on a machine with AMX.
-constexpr int64_t kLeastRows = 8;
-
 constexpr int64_t kTileBytes = 1024;
 // Tiles of the cache are prefetched that far ahead of their use: 16 KB, more than a core reads during a miss.
 constexpr int64_t kAheadTiles = 16;
@@ -158,7 +154,7 @@ private:
 
 void attend_tile(const AttentionTile& tile) {
     static const AttentionKernel below = avx512_bf16::attention();
-    if (is_whole_bf16(tile.layout) && tile.rows >= kLeastRows) {
+    if (is_whole_bf16(tile.layout)) {
         TiledRun(tile).run();
     } else {
         below.attend(tile);

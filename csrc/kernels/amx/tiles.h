@@ -11,7 +11,11 @@
 
 #if defined(CHATGLM_AMX_EMULATED)
 #define CHATGLM_AMX_LEVEL amx_emulated
+#if defined(CHATGLM_AMX_EMPTY)
+#include "kernels/amx/tiles_empty.h"
+#else
 #include "kernels/amx/tiles_emulated.h"
+#endif
 #else
 #define CHATGLM_AMX_LEVEL amx
 #endif
