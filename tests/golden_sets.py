@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from chatglm_ov import OVChatGLMForCausalLM, convert
-from chatglm_ov.native import unavailable
+from chatglm_ov.native import native, unavailable
 
 TESTS = Path(__file__).parent
 ROOTS = {"data": TESTS / "data" / "golden", "shared": TESTS.parent.parent / "shared" / "golden"}
@@ -20,6 +20,11 @@ ROOTS = {"data": TESTS / "data" / "golden", "shared": TESTS.parent.parent / "sha
 without_library = pytest.mark.skipif(unavailable() is not None, reason=f"no native library: {unavailable()}")
 OPS = [pytest.param("fused", marks=without_library), "stock"]
 each_ops = pytest.mark.parametrize("ops", OPS)
+
+
+def rounds_to_bf16(weight_format: str) -> bool:
+    """Whether fused operations multiply many rows in bf16: those of int4 weights with tiles as well."""
+    return weight_format == "bf16" or (weight_format == "int4" and native().isa().startswith("amx"))
 
 
 @dataclass(frozen=True)

@@ -28,21 +28,15 @@ from golden_cases import (  # noqa: F401
     without_library,
     write_checkpoint,
 )
-from golden_sets import Golden
+from golden_sets import Golden, rounds_to_bf16
 
 from chatglm_ov import convert, runtime
 from chatglm_ov.config import load_config
 from chatglm_ov.models import chatglm2
-from chatglm_ov.native import native
 from chatglm_ov.runtime import CompiledModel
 
 pytestmark = without_library
 formats = pytest.mark.parametrize("weight_format", ["f32", "bf16", "int8", "int4"])
-
-
-def rounds_to_bf16(weight_format: str) -> bool:
-    """Whether many rows are multiplied in bf16: with tiles int4 is, too."""
-    return weight_format == "bf16" or (weight_format == "int4" and native().isa().startswith("amx"))
 
 
 # The graph

@@ -178,7 +178,7 @@ def group_parts(layout, payload):
 
 
 def expanded_steps(layout, payload):
-    """What int4 weights, with 8-bit activations, are rounded to a multiple of: for each weight, [out_features, in_features].
+    """What each int4 weight is rounded to a multiple of, with 8-bit activations: [out_features, in_features].
 
     127 of them are the largest weight that any group of the block of 512 columns can have.
     """
@@ -195,10 +195,10 @@ def product(fmt, x, w, bits, weight_steps=0.0):
 
     bf16, and int4 with 16 bits: of x and w rounded to bfloat16; float32 rounds the sums, whose products are exact: at
     most k + 4 roundings.
-    Other integers: x is rounded to half a step of its block of 512 columns, the step being max|x| / 32639 or / 127, found
-    and divided by in float32. int4 weights are rounded to half of their step, and the multiplier that does it to 2^-12
-    of a step for each of at most 15 steps of the codes: 1/128 of a step together. Sums are exact; each block rounds its
-    sum, its scale and an addition; scale and result are rounded once more.
+    Other integers: x is rounded to half a step of its block of 512 columns, the step being max|x| / 32639 or / 127,
+    found and divided by in float32. int4 weights are rounded to half of their step, and the multiplier that does it to
+    2^-12 of a step for each of at most 15 steps of the codes: 1/128 of a step together. Sums are exact; each block
+    rounds its sum, its scale and an addition; scale and result are rounded once more.
     """
     in_bf16 = fmt == "bf16" or (fmt == "int4" and bits == 16)
     if in_bf16:

@@ -233,9 +233,9 @@ def test_small_integers_are_exact(isa, case, m):
         x = rng.integers(-8, 9, (m, k))
         weight = Weight(case, rng.integers(-8, 9, (n, k)))
     if expands(isa, weight, m) and case.bits == 8:
-        return check(isa, weight, x.astype(np.float32))
-    y = multiply(isa, weight, x.astype(np.float32))
-    np.testing.assert_array_equal(y, x @ weight.values.T)
+        check(isa, weight, x.astype(np.float32))  # weights are rounded
+    else:
+        np.testing.assert_array_equal(multiply(isa, weight, x.astype(np.float32)), x @ weight.values.T)
 
 
 @pytest.mark.parametrize("bits", (16, 8))
