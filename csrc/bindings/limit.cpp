@@ -71,7 +71,7 @@ void bind_limit(nb::module_& module) {
         "read_bandwidth",
         [](const std::string& isa, Array<uint8_t, 1> buffer, int threads) {
             check_threads(threads);
-            const KernelTable& table = kernels(parse_isa(isa));
+            const KernelTable& table = kernels_by_name(isa);
             nb::gil_scoped_release unlocked;
             return read_bandwidth(table, buffer.data(), static_cast<int64_t>(buffer.size()), threads);
         },
@@ -81,7 +81,7 @@ void bind_limit(nb::module_& module) {
         "peak",
         [](const std::string& isa, const std::string& kind, int threads, double seconds) {
             check_threads(threads);
-            const LimitKernel& limit = kernels(parse_isa(isa)).limit;
+            const LimitKernel& limit = kernels_by_name(isa).limit;
             if (kind != "int8" && kind != "bf16") {
                 throw nb::value_error(("kind: '" + kind + "', wanted int8 or bf16").c_str());
             }
