@@ -23,7 +23,8 @@ inline HalfLine to_bf16(Floats v) {
 }
 
 inline Floats from_bf16(HalfLine v) {
-    return floats_of_bits(__builtin_convertvector(v, Ints) << 16);
+    // Under this mask it is the plain instruction; GCC 12 warns of its own header's form without one.
+    return floats_of_bits(Ints(_mm512_maskz_cvtepu16_epi32(0xffff, __m256i(v))) << 16);
 }
 
 // Whether a cache is one that these kernels read: bf16 with whole lines of 32 dims.
@@ -101,13 +102,20 @@ private:
         }
     }
 
-    // Values of the last block with zeros from `end_` on: p = 0 there, but 0 times NaN is NaN.
+    // Values of the last block with zeros from `end_` on: p = 0 there, but 0 times NaN is NaN. A line is two slots of 16
+    // dims, the first one in the low halves of its words.
     void copy_last_values() {
         const int64_t valid = end_ % kBlockSlots;
-        const uint8_t* block = tile_.blocks[end_ / kBlockSlots] + tile_.layout.value_offset();
-        std::memcpy(last_values_, block, static_cast<size_t>(tile_.layout.part_bytes()));
-        for (int64_t slot = valid; slot < kBlockSlots; ++slot) {
-            for (int64_t d = 0; d < dim_; ++d) last_values_[tile_.layout.value_index(slot, d)] = 0;
+        const auto* values = reinterpret_cast<const uint16_t*>(tile_.blocks[end_ / kBlockSlots] +
+                                                               tile_.layout.value_offset());
+        for (int64_t d = 0; d < dim_; d += kLanes) {
+            for (int64_t slot = 0; slot < kBlockSlots; slot += 2) {
+                const int64_t at = tile_.layout.value_index(slot, d);
+                Ints line{};
+                if (slot < valid) std::memcpy(&line, values + at, sizeof line);
+                if (slot + 1 == valid) line &= 0xffff;
+                std::memcpy(last_values_ + at, &line, sizeof line);
+            }
         }
     }
 
