@@ -108,7 +108,7 @@ def test_machine_alone(run: Run) -> None:
 def test_fused_operations(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     found = reported(run)["machine"]["fused_operations"]
     assert Path(found["library"]).is_file()
-    assert found["level"] in found["levels"]
+    assert found["level"] in [*found["levels"], "amx_emulated"]
     assert f"{found['level']}, of" in run("info").out or f"{found['level']} by CHATGLM_OV_ISA, of" in run("info").out
 
 
