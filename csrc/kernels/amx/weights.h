@@ -106,6 +106,7 @@ private:
     // Lines of a group are 4, 8 or 16: a division a line would take as long as the rest.
     static int shift_of(int64_t group_size) { return group_size == 32 ? 2 : group_size == 64 ? 3 : 4; }
 
+    // Out of line, so that the loop over tiles keeps its registers.
     [[gnu::noinline]] void run(int64_t count) {
         for (; count > 0 && left_ > 0; --count, --left_) {
             const uint8_t* line = from_[panel_] + line_ * kLineBytes;
@@ -131,8 +132,9 @@ private:
     int64_t panel_ = 0, line_ = 0;  // what is next
     const uint8_t* from_[2] = {};
     typename Format::Factors factors_[2][kMostGroups];
-    alignas(64) float scales_[2][2][kPanel] = {};                                                    // [turn][panel]
-    alignas(64) uint8_t lines_of_[2][2][Format::kBlockColumns / kLineColumns * Format::kExpandedBytes];  // the same
+    // [turn][panel]: of the pair that is multiplied, and of the next one.
+    alignas(64) float scales_[2][2][kPanel] = {};
+    alignas(64) uint8_t lines_of_[2][2][Format::kBlockColumns / kLineColumns * Format::kExpandedBytes];
 };
 
 }  // namespace
