@@ -197,7 +197,7 @@ def product(fmt, x, w, bits, weight_steps=0.0):
     most k + 4 roundings.
     Other integers: x is rounded to half a step of its block of 512 columns, the step being max|x| / 32639 or / 127,
     found and divided by in float32. int4 weights are rounded to half of their step, and the multiplier that does it to
-    2^-12 of a step for each of at most 15 steps of the codes: 1/128 of a step together. Sums are exact; each block
+    2^-12 of a step for each of at most 15 steps of the codes: 1/256 of a step together. Sums are exact; each block
     rounds its sum, its scale and an addition; scale and result are rounded once more.
     """
     in_bf16 = fmt == "bf16" or (fmt == "int4" and bits == 16)
@@ -212,7 +212,7 @@ def product(fmt, x, w, bits, weight_steps=0.0):
     for start in range(0, k, 512):
         block = np.abs(x[:, start : start + 512])
         steps[:, start : start + 512] = block.max(axis=1, keepdims=True) / (32639 if bits == 16 else 127)
-    off = np.broadcast_to(weight_steps, w.shape) * (1 / 2 + 1 / 128)
+    off = np.broadcast_to(weight_steps, w.shape) * (1 / 2 + 1 / 256)
     quantized = steps @ (np.abs(w) + off).T
     rounded = (np.abs(x) + steps / 2) @ off.T
     return exact, (quantized / 2 + rounded + (absolute + quantized + rounded) * (-(-k // 512) + 8) * EPS) * (1 + 1e-5)

@@ -141,9 +141,9 @@ def rounds_x(isa, weight, rows):
     return weight.case.format == "bf16" and isa not in ("avx2", "avx512") and rows > 4
 
 
-def expands(isa, weight, rows):
+def expands(isa, case, rows):
     """Whether int4 is multiplied as bf16 (16-bit activations) or int8 (8-bit ones): with tiles."""
-    return weight.case.format == "int4" and isa.startswith("amx") and rows >= 16
+    return case.format == "int4" and isa.startswith("amx") and rows >= 16
 
 
 def steps_in_int8(weight):
@@ -157,12 +157,12 @@ def bound(isa, weight, x):
     """Of |result - exact| before the epilogue, [rows, n]."""
     absolute = np.abs(weight.values)
     total = np.abs(x).astype(float) @ absolute.T
-    if expands(isa, weight, len(x)) and weight.case.bits == 16:
+    if expands(isa, weight.case, len(x)) and weight.case.bits == 16:
         # Both factors of each product are rounded to bfloat16; numbers that become subnormal, to zero.
         return (2.0**-7 + 2.0**-16 + 2 * (weight.k + 2) * U) * total + TINY * (absolute.sum(1) + weight.k)
-    if expands(isa, weight, len(x)):
+    if expands(isa, weight.case, len(x)):
         # Half a step of each weight, and what the multiplier that rounds it is off by: 2^-12 for each of 15 codes.
-        off = steps_in_int8(weight) * (1 / 2 + 1 / 128)
+        off = steps_in_int8(weight) * (1 / 2 + 1 / 256)
         absolute = absolute + off
         of_weights = (np.abs(x).astype(float) + np.repeat(steps(x, 8), BLOCK, axis=1)[:, : weight.k]) @ off.T
     else:
@@ -222,8 +222,7 @@ def test_small_integers_are_exact(isa, case, m):
     if case.quantized:
         limit = 32639 if case.bits == 16 else 127
         x = rng.integers(-100, 101, (m, k))
-        in_tiles = isa.startswith("amx") and case.format == "int4" and m >= 16  # bf16 has whole numbers up to 256
-        if not in_tiles:
+        if not expands(isa, case, m):  # bf16 has all whole numbers up to 256 only
             x[:, ::BLOCK] = rng.choice((-limit, limit), (m, len(range(0, k, BLOCK))))
         scales = (n,) if case.format == "int8" else (n, k // case.group)
         scale, zero_point = 2.0 ** rng.integers(-3, 1, scales), rng.integers(0, 16, scales)
@@ -232,7 +231,7 @@ def test_small_integers_are_exact(isa, case, m):
     else:
         x = rng.integers(-8, 9, (m, k))
         weight = Weight(case, rng.integers(-8, 9, (n, k)))
-    if expands(isa, weight, m) and case.bits == 8:
+    if expands(isa, weight.case, m) and case.bits == 8:
         check(isa, weight, x.astype(np.float32))  # weights are rounded
     else:
         np.testing.assert_array_equal(multiply(isa, weight, x.astype(np.float32)), x @ weight.values.T)
@@ -266,7 +265,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch(isa, case, n, k):
     whole = multiply(isa, weight, x)
     for start, stop in ((0, 1), (60, 61), (7, 9), (0, 6), (12, 25), (20, 53), (1, 61)):
         y = multiply(isa, weight, x[start:stop])
-        if expands(isa, weight, 61) and not expands(isa, weight, stop - start):
+        if expands(isa, weight.case, 61) and not expands(isa, weight.case, stop - start):
             allowed = bound(isa, weight, x)[start:stop] + bound(isa, weight, x[start:stop])
             assert (np.abs(y - whole[start:stop]) <= allowed).all()
         else:
@@ -295,7 +294,7 @@ def test_a_row_that_is_not_finite_spoils_only_itself(isa, case, m, bad):
     y = multiply(isa, weight, x)
     np.testing.assert_array_equal(np.delete(y, row, 0), np.delete(clean, row, 0))
     assert not np.isfinite(y[row]).any()
-    in_bf16 = not case.quantized or (expands(isa, weight, m) and case.bits == 16)
+    in_bf16 = not case.quantized or (expands(isa, weight.case, m) and case.bits == 16)
     assert in_bf16 or np.isnan(y[row]).all()
 
 
@@ -321,7 +320,7 @@ def test_outlier_channels_cost_no_more_than_bf16_arithmetic(isa, case, largest):
     in_bf16 = rounded_to_bf16(x) @ rounded_to_bf16(weight.values.astype(np.float32)).T
     error, of_bf16 = (np.sqrt(np.mean((y - exact) ** 2)) for y in (multiply(isa, weight, x), in_bf16))
     # Sums in float32 are off by far less.
-    assert error <= of_bf16 * (1.001 if expands(isa, weight, 20) else 1)
+    assert error <= of_bf16 * (1.001 if expands(isa, weight.case, 20) else 1)
 
 
 def rounded_to_bf16(x):

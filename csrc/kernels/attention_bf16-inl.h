@@ -102,8 +102,8 @@ private:
         }
     }
 
-    // Values of the last block with zeros from `end_` on: p = 0 there, but 0 times NaN is NaN. A line is two slots of 16
-    // dims, the first one in the low halves of its words.
+    // Values of the last block with zeros from `end_` on: p = 0 there, but 0 times NaN is NaN. A line is two slots of
+    // 16 dims, the first one in the low halves of its words.
     void copy_last_values() {
         const int64_t valid = end_ % kBlockSlots;
         const auto* values = reinterpret_cast<const uint16_t*>(tile_.blocks[end_ / kBlockSlots] +

@@ -64,8 +64,8 @@ struct Sums {
     }
 };
 
-// Brings a part of a later row of the residual into the cache: rows lie pages apart, so that the processor does not find
-// them by itself.
+// Brings a part of a later row of the residual into the cache: rows lie pages apart, so that the processor does not
+// find them by itself.
 inline void prefetch_residual(const FullyConnectedTask& task, int64_t row, int64_t feature, int64_t count) {
     if (task.epilogue.residual == nullptr || row >= task.rows) return;
     const float* residual = task.epilogue.residual + row * task.epilogue.residual_stride + feature;

@@ -56,8 +56,8 @@ inline float quantize_block(const float* x, int64_t count, int64_t columns, int 
     float largest;
     std::memcpy(&largest, &bits, 4);
     const float scale = std::max(largest / (activation_bits == 16 ? 32639.0f : 127.0f), FLT_MIN);
-    // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits. A division a vector would take
-    // most of the time: times 1 / s the largest |x| comes out at most 2^-8 above the limit, and is rounded to it.
+    // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits. A division a vector would
+    // take most of the time: times 1 / s the largest |x| comes out at most 2^-7 above the limit, and is rounded to it.
     const float inverse = 1.0f / scale, shift = 12582912.0f;
     for (int64_t i = 0; i < columns; i += kLanes) {
         const Ints whole = bits_of(load_before(x, i, count) * inverse + shift) - bits_of(broadcast(shift));

@@ -104,8 +104,8 @@ inline Floats absolute(Floats v) {
 
 constexpr float kLeastExponent = -87.33654f, kMostExponent = 88.72283f;
 
-// x, where exp_of needs it, between its bounds; NaN stays. AVX-512 needs the upper one only, as its result is masked, and
-// a little above it, for infinity.
+// x, where exp_of needs it, between its bounds; NaN stays. AVX-512 needs the upper one only, as its result is masked,
+// and a little above it, for infinity.
 inline Floats clamped_to_exponents(Floats x) {
 #if defined(__AVX512F__)
     return Floats(_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(89.0f), __m512(x)));

@@ -47,7 +47,8 @@ constexpr int64_t kMaxRows = 512;
 constexpr int64_t kActivationBlock = 512;
 
 // One weight format. int8 and int4 quantize x by row and block of kActivationBlock columns:
-//   16 bits: q = rint(x * (1 / s)), s = max|x| / 32639, |q| <= 32639 = 127 * 256 + 127; q = 256 hi + lo, both in -128..127
+//   16 bits: q = rint(x * (1 / s)), s = max|x| / 32639, |q| <= 32639 = 127 * 256 + 127;
+//            q = 256 hi + lo, both in -128..127
 //    8 bits: q = rint(x * (1 / s)), s = max|x| / 127
 // s is at least the smallest normal number. A block with a value that is not finite has s = NaN and q = 0, so that
 // its row becomes NaN. The sum over a block is an exact integer T (code - zero_point times q, in int4 per group), and y
@@ -112,7 +113,7 @@ struct LimitKernel {
 };
 
 struct KernelTable {
-    const char* level;  // name of an Isa, or amx_emulated
+    const char* level;                        // name of an Isa, or amx_emulated
     FullyConnectedKernel fully_connected[4];  // by WeightFormat
     AttentionKernel attention;
     ElementwiseKernel elementwise;

@@ -1,7 +1,8 @@
 // Attention with tiles, for a bf16 cache: its lines are the rows of B tiles as they lie.
 //
 // Two blocks of 32 slots are 6 tile loads and 8 products for 32 dims of the scores, and 5 loads and 4 products for 32
-// slots of 64 dims of the context.
+// slots of 64 dims of the context. Few rows are multiplied so too: the cache is the limit there, and another kernel
+// would round in another way, so that the last tokens of a row in a padded batch would not be those of the row alone.
 #include "kernels/attention_bf16-inl.h"
 
 #include "kernels/amx/tiles.h"

@@ -5,8 +5,8 @@
 // int8: what that takes beside the tiles was measured, without the tiles, at three times what it is with lines in bf16
 // or int8, and longer than the products themselves.
 //
-// Expanding a pair of panels for 16 rows takes 24 (bf16) or 10 (int8) cycles of two vector ports a line of int4: with
-// 512 rows 1536 cycles a block of 256 columns, 1280 a block of 512, beside 8192 of products, in which they are hidden.
+// Expanding takes 24 (bf16) or 10 (int8) cycles of two vector ports a line of int4: for a pair of panels 1536 cycles a
+// block of 256 columns, or 1280 a block of 512. They are hidden in the products, which with 512 rows take 8192.
 #include "kernels/amx/fully_connected.h"
 #include "kernels/amx/products_bf16.h"
 #include "kernels/amx/products_int8.h"

@@ -56,7 +56,7 @@ private:
 };
 
 // int4 lines, expanded to other lines by `Format`, which has
-//   kBlockColumns       columns of a block, a multiple of all group sizes
+//   kBlockColumns       the columns of its Blocks, a multiple of all group sizes
 //   kExpandedBytes      what one line of int4, 8 columns, becomes
 //   Factors             of one group of a panel
 //   make_factors(scales [groups][16], zero_points [groups][16], groups, Factors[groups], block scales [16])
