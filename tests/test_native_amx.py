@@ -260,6 +260,24 @@ def test_columns_that_fill_no_tile(fmt, in_features, bits):
     assert (np.abs(y - exact) <= bound).all()
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_int4_becomes_the_nearest_int8(group):
+    """With whole x, whose steps are 1, all that is rounded are weights: each to the nearest multiple of its step, but
+    for those so near the middle of two that the multiplier may decide it."""
+    layout, payload, w = make_weight("int4", 40, 1152, group)
+    rng = np.random.default_rng(group)
+    x = rng.integers(-127, 128, (18, 1152)).astype(np.float64)
+    x[:, ::512] = 127
+    steps = expanded_steps(layout, payload)
+    nearest = np.rint(w / steps)
+    open_ones = np.abs(np.abs(w / steps - nearest) - 1 / 2) < 1 / 256
+    assert open_ones.mean() < 0.02
+    wanted = x @ (nearest * steps).T
+    allowed = np.abs(x) @ (open_ones * steps).T + np.abs(x) @ np.abs(nearest * steps).T * 12 * EPS
+    y = run("amx_emulated", layout, payload, x.astype(np.float32), 8)
+    assert (np.abs(y - wanted) <= allowed).all()
+
+
 @pytest.mark.parametrize(
     ("rows", "out_features", "in_features"), [*SIZES, (5, 40, 640), (512, 32, 1152), (700, 72, 512)]
 )
