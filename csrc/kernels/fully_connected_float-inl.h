@@ -14,6 +14,7 @@
 #include "kernels/epilogue-inl.h"
 #include "kernels/fully_connected-inl.h"
 #include "kernels/memory.h"
+#include "kernels/streams-inl.h"
 
 namespace chatglm {
 namespace {
@@ -22,8 +23,8 @@ namespace {
 constexpr int kBlockLines = 128;
 // How far ahead rows of x are prefetched, which come from the third-level cache where they are many: 3 KB, measured.
 constexpr int kPrefetchWords = 768;
-// Rows of a tile of two panels (24 accumulators, a register each) and of one of four, which is for no more rows.
-constexpr int kManyRows = 12, kFewRows = 4, kFewRowsPanels = 4;
+// Rows of a tile of two panels: 24 accumulators, a register each.
+constexpr int kRowsOfTile = 12;
 
 // Prepared: words [tile of 12 rows][word][row of the tile].
 template <typename Format>
@@ -42,7 +43,7 @@ void prepare(const PackedLayout& layout, int64_t rows, int, const float* x, int6
     constexpr int64_t kColumnsAtATime = kBlockLines * Format::kColumns;
     alignas(kLineBytes) uint32_t words[kBlockLines * Format::kParts];
     for (int64_t row = begin; row < end; ++row) {
-        const int64_t first = row / kManyRows * kManyRows, in_tile = std::min<int64_t>(kManyRows, rows - first);
+        const int64_t first = row / kRowsOfTile * kRowsOfTile, in_tile = std::min<int64_t>(kRowsOfTile, rows - first);
         uint32_t* out = static_cast<uint32_t*>(prepared) + first * words_of_row<Format>(layout) + row - first;
         for (int64_t start = 0; start < layout.padded_in(); start += kColumnsAtATime) {
             const int64_t columns = std::min(kColumnsAtATime, layout.padded_in() - start);
@@ -85,7 +86,7 @@ template <typename Format, int kRows, int kPanels>
         for (int word = 0; word < Format::kParts * kRows; word += kLineBytes / 4) {
             _mm_prefetch(x + kPrefetchWords + word, _MM_HINT_T0);
         }
-        if constexpr (kPanels != kFewRowsPanels) ahead.step<kPanels>();
+        ahead.step<kPanels>();
         weight += kLineBytes;
         x += Format::kParts * kRows;
     } while (--lines > 0);
@@ -98,20 +99,20 @@ template <typename Format, int kRows, int kPanels>
 
 template <typename Format, int kPanels>
 void multiply_panels(const FullyConnectedTask& task, int64_t panel) {
-    constexpr int kRows = kPanels == kFewRowsPanels ? kFewRows : kManyRows, kStride = kPanels * kPanel;
+    constexpr int kStride = kPanels * kPanel;
     static thread_local Scratch scratch;
     float* sums = scratch.get<float>(task.rows * kStride);
     std::fill(sums, sums + task.rows * kStride, 0.0f);
     const PackedLayout& layout = task.layout;
     const int64_t lines = layout.padded_in() / Format::kColumns, panel_bytes = layout.panel_bytes();
-    const int64_t tiles = (task.rows + kRows - 1) / kRows;
+    const int64_t tiles = (task.rows + kRowsOfTile - 1) / kRowsOfTile;
     for (int64_t line = 0; line < lines; line += kBlockLines) {
         const uint8_t* weight = layout.panel(task.weight, panel) + line * kLineBytes;
         const int64_t count = std::min<int64_t>(kBlockLines, lines - line);
         const uint8_t* next = line + count < lines ? weight + count * kLineBytes
                                                    : layout.panel(task.weight, panel + kPanels);
-        for (int64_t tile = 0, row = 0; row < task.rows; ++tile, row += kRows) {
-            with_rows<kRows>(task.rows - row, [&](auto rows) {
+        for (int64_t tile = 0, row = 0; row < task.rows; ++tile, row += kRowsOfTile) {
+            with_rows<kRowsOfTile>(task.rows - row, [&](auto rows) {
                 const auto* x = static_cast<const uint32_t*>(task.prepared) + row * lines * Format::kParts +
                                 line * Format::kParts * rows;
                 const Ahead ahead(next, panel_bytes, count, tile, tiles);
@@ -122,14 +123,42 @@ void multiply_panels(const FullyConnectedTask& task, int64_t panel) {
     finish(task, panel, panel + kPanels, {sums, kStride, 2 * kPanel});
 }
 
-template <typename Format>
-void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
-    int64_t panel = begin;
-    if (task.rows <= kFewRows) {
-        for (; panel + kFewRowsPanels <= end; panel += kFewRowsPanels) {
-            multiply_panels<Format, kFewRowsPanels>(task, panel);
+// Sums [row][16] of a panel. The parts of a line have sums of their own: a chain of additions waits for its last one in
+// each line.
+template <typename Format, int kRows>
+[[gnu::noinline]] void stream_panel(const uint8_t* line, int64_t lines, const uint32_t* x, float* out) {
+    Floats sums[kRows][Format::kParts] = {};
+    for (; lines > 0; --lines, line += kLineBytes, x += Format::kParts * kRows) {
+        prefetch_stream(line);
+#pragma GCC unroll 2
+        for (int part = 0; part < Format::kParts; ++part) {
+            const Floats weights = Format::part(line, part);
+#pragma GCC unroll 12
+            for (int r = 0; r < kRows; ++r) {
+                const Floats word = Floats(_mm512_set1_epi32(static_cast<int32_t>(x[part * kRows + r])));
+                sums[r][part] = Format::add(sums[r][part], weights, word);
+            }
         }
     }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+        Floats sum = sums[r][0];
+        for (int part = 1; part < Format::kParts; ++part) sum += sums[r][part];
+        store(out + r * kStreamStride, sum);
+    }
+}
+
+template <typename Format>
+void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
+    const PackedLayout& layout = task.layout;
+    if (task.rows <= kRowsOfTile) {
+        multiply_streams<kRowsOfTile>(task, begin, end, [&](auto rows, int64_t panel, float* sums) {
+            stream_panel<Format, rows>(layout.panel(task.weight, panel), layout.padded_in() / Format::kColumns,
+                                       static_cast<const uint32_t*>(task.prepared), sums);
+        });
+        return;
+    }
+    int64_t panel = begin;
     for (; panel + 2 <= end; panel += 2) multiply_panels<Format, 2>(task, panel);
     if (panel < end) multiply_panels<Format, 1>(task, panel);
 }

@@ -1,0 +1,110 @@
+// Rows of x as the kernels that multiply bytes by VNNI want them.
+//
+// Included by kernels/fully_connected_vnni-inl.h only; everything here has internal linkage, see simd-inl.h.
+#pragma once
+
+#include "kernels/fully_connected-inl.h"
+#include "kernels/vnni-inl.h"
+
+namespace chatglm {
+namespace {
+
+// Accumulators of the largest tile, in lines: 24 registers of 32, or 12 of 16; and the panels that share them.
+constexpr int kAccumulators = kPieces == 1 ? 24 : 6, kTilePanels = kPieces == 1 ? 2 : 1;
+
+// Rows of a full tile.
+constexpr int tile_rows(int planes) {
+    return kAccumulators / kTilePanels / planes;
+}
+
+// What `prepare` makes of x, for R rows and B blocks. Sections, each from a multiple of 64 bytes on:
+//   codes        int8 [block][tile of rows][K / 4][row of the tile][plane][4]
+//   scales       float [B][R]
+//   corrections  int32 [group][R][plane]: sums of the plane's codes over a group. int8, where a group is a block:
+//                times -128, as the unsigned codes are too large by 128. int4: negative, for the zero point.
+struct Prepared {
+    int64_t rows, planes, blocks, bytes;
+    int8_t* codes;
+    float* scales;
+    int32_t* corrections;
+
+    Prepared(const void* prepared, const PackedLayout& layout, int64_t rows, int activation_bits)
+        : rows(rows), planes(activation_bits / 8), blocks(activation_blocks(layout)) {
+        const int64_t groups = layout.format == WeightFormat::int4 ? layout.groups() : blocks;
+        const int64_t code_bytes = layout.padded_in() * rows * planes;
+        const int64_t scale_bytes = round_up(blocks * rows * 4, kLineBytes);
+        bytes = code_bytes + scale_bytes + groups * rows * planes * 4;
+        codes = static_cast<int8_t*>(const_cast<void*>(prepared));
+        scales = reinterpret_cast<float*>(codes + code_bytes);
+        corrections = reinterpret_cast<int32_t*>(codes + code_bytes + scale_bytes);
+    }
+
+    // Codes of the rows from `row`, the first of a tile, in a block of that many columns.
+    int8_t* tile(int64_t block, int64_t row, int64_t columns) const {
+        return codes + (block * kActivationBlock * rows + row * columns) * planes;
+    }
+    float& scale(int64_t block, int64_t row) const { return scales[block * rows + row]; }
+    int32_t* correction(int64_t group, int64_t row) const { return corrections + (group * rows + row) * planes; }
+};
+
+int64_t prepared_bytes(const PackedLayout& layout, int64_t rows, int activation_bits) {
+    return Prepared(nullptr, layout, rows, activation_bits).bytes;
+}
+
+// One row of one block into its places: `out` at the row, `stride` bytes between its groups of 4 columns.
+template <int kPlanes>
+void pack_row(const int16_t* q, int64_t columns, int8_t* out, int64_t stride) {
+    constexpr int64_t kWord = kPlanes * 4;
+    alignas(kLineBytes) int8_t words[kLineBytes];
+    for (int64_t k = 0; k < columns; k += kPackedColumns) {
+        pack_planes<kPlanes>(q + k, words);
+        for (int64_t i = 0; i < kPackedColumns / 4; ++i, out += stride) std::memcpy(out, words + i * kWord, kWord);
+    }
+}
+
+template <int kPlanes>
+void sum_group(const int16_t* q, int64_t columns, int32_t factor, int32_t* out) {
+    int32_t total = 0, low = 0;
+    for (int64_t k = 0; k < columns; ++k) {
+        total += q[k];
+        low += static_cast<int8_t>(q[k]);
+    }
+    out[kPlanes - 1] = factor * low;
+    if constexpr (kPlanes == 2) out[0] = factor * ((total - low) >> 8);
+}
+
+template <int kPlanes>
+void prepare_planes(const PackedLayout& layout, const Prepared& out, const float* x, int64_t x_stride, int64_t begin,
+                    int64_t end) {
+    constexpr int kRows = tile_rows(kPlanes);
+    const bool int4 = layout.format == WeightFormat::int4;
+    alignas(kLineBytes) int16_t q[kActivationBlock];
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t first = row / kRows * kRows, in_tile = std::min<int64_t>(kRows, out.rows - first);
+        for (int64_t block = 0; block < out.blocks; ++block) {
+            const int64_t start = block * kActivationBlock, columns = block_columns(layout, block);
+            const int64_t count = std::min(columns, layout.in_features - start);
+            out.scale(block, row) = quantize_block(x + row * x_stride + start, count, columns, kPlanes * 8, q);
+            pack_row<kPlanes>(q, columns, out.tile(block, first, columns) + (row - first) * kPlanes * 4,
+                              in_tile * kPlanes * 4);
+            const int64_t group = int4 ? layout.group_size : columns;
+            for (int64_t k = 0; k < columns; k += group) {
+                const int64_t index = int4 ? (start + k) / group : block;
+                sum_group<kPlanes>(q + k, group, int4 ? -1 : -128, out.correction(index, row));
+            }
+        }
+    }
+}
+
+void prepare(const PackedLayout& layout, int64_t rows, int activation_bits, const float* x, int64_t x_stride,
+             int64_t begin, int64_t end, void* prepared) {
+    const Prepared out(prepared, layout, rows, activation_bits);
+    if (activation_bits == 16) {
+        prepare_planes<2>(layout, out, x, x_stride, begin, end);
+    } else {
+        prepare_planes<1>(layout, out, x, x_stride, begin, end);
+    }
+}
+
+}  // namespace
+}  // namespace chatglm

@@ -1,0 +1,97 @@
+// Products of a line of codes with rows of x, and their sums: the steps of tiles_vnni-inl.h and streams_vnni-inl.h.
+//
+// Included by kernels/fully_connected_vnni-inl.h only; everything here has internal linkage, see simd-inl.h.
+#pragma once
+
+#include "kernels/prepared_vnni-inl.h"
+#include "kernels/weight_vnni-inl.h"
+
+namespace chatglm {
+namespace {
+
+// Of some rows by some panels side by side, typed as the instruction has them: GCC 12 copies those of another type at
+// each step.
+template <int kRows, int kPanels, int kPlanes>
+using TileSums = Ints[kRows][kPlanes][kPanels * kPieces];
+
+// What the sums of a group start from; corrections [row][plane].
+template <typename Group, int kRows, int kPanels, int kPlanes>
+[[gnu::always_inline]] inline void start_sums(const Group* factors, const int32_t* corrections,
+                                              TileSums<kRows, kPanels, kPlanes>& sums) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int l = 0; l < kPlanes; ++l) {
+#pragma GCC unroll 4
+            for (int c = 0; c < kPanels * kPieces; ++c) sums[r][l][c] = factors[c].start(corrections[r * kPlanes + l]);
+        }
+    }
+}
+
+template <int kRows, int kPanels, int kPlanes>
+[[gnu::always_inline]] inline void add_sums(const TileSums<kRows, kPanels, kPlanes>& sums,
+                                            TileSums<kRows, kPanels, kPlanes>& into) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int l = 0; l < kPlanes; ++l) {
+#pragma GCC unroll 4
+            for (int c = 0; c < kPanels * kPieces; ++c) into[r][l][c] += sums[r][l][c];
+        }
+    }
+}
+
+// A line of codes. Loaded once, whatever is taken out of it: the compiler would load it again for the other nibbles.
+[[gnu::always_inline]] inline void load_line(const uint8_t* line, Bytes* pieces) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kPieces; ++i) {
+        pieces[i] = load_bytes(line + i * kPieceBytes);
+        asm volatile("" : "+v"(pieces[i]));
+    }
+}
+
+inline Bytes broadcast_bytes(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return broadcast_word(four);
+}
+
+// Adds the products of one line of codes of each panel, column group `part` of it.
+template <typename Format, int kRows, int kPanels, int kPlanes>
+[[gnu::always_inline]] inline void add_line(TileSums<kRows, kPanels, kPlanes>& sums,
+                                            const Bytes (&lines)[kPanels * kPieces], const int8_t* codes, int part) {
+    constexpr int kColumns = kPanels * kPieces;
+    Bytes w[kColumns];
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; ++c) w[c] = Format::codes(lines[c], part);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int l = 0; l < kPlanes; ++l) {
+            const Bytes four = broadcast_bytes(codes + ((part * kRows + r) * kPlanes + l) * 4);
+#pragma GCC unroll 4
+            for (int c = 0; c < kColumns; ++c) sums[r][l][c] = add_products(sums[r][l][c], w[c], four);
+        }
+    }
+}
+
+// Adds the scaled sums of a group to those of the tile, out [row][panel][16], rows `stride` floats apart.
+template <typename Group, int kRows, int kPanels, int kPlanes>
+[[gnu::always_inline]] inline void add_scaled(const TileSums<kRows, kPanels, kPlanes>& sums, const Group* factors,
+                                              const float* activation_scales, int64_t stride, float* out) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r, out += stride) {
+#pragma GCC unroll 4
+        for (int c = 0; c < kPanels * kPieces; ++c) {
+            Floats total = __builtin_convertvector(sums[r][kPlanes - 1][c], Floats);
+            if constexpr (kPlanes == 2) {
+                total = multiply_add(__builtin_convertvector(sums[r][0][c], Floats), broadcast(256.0f), total);
+            }
+            float* at = out + c * kLanes;
+            store(at, multiply_add(total, factors[c].scale(activation_scales[r]), load(at)));
+        }
+    }
+}
+
+}  // namespace
+}  // namespace chatglm

@@ -1,0 +1,81 @@
+// Packed int8 and int4 weights, as the kernels that multiply bytes by VNNI read them.
+//
+// Included by kernels/fully_connected_vnni-inl.h only; everything here has internal linkage, see simd-inl.h.
+#pragma once
+
+#include "kernels/epilogue-inl.h"
+#include "kernels/fully_connected-inl.h"
+#include "kernels/vnni-inl.h"
+
+namespace chatglm {
+namespace {
+
+// The packed weight, from its first panel on.
+struct Weight {
+    const uint8_t* codes;
+    int64_t panel_bytes;
+    const uint16_t* scales;      // int4: [panel][group][16]
+    const uint8_t* zero_points;  // int4: [panel][group][16]
+    int64_t groups, group_columns;
+
+    explicit Weight(const FullyConnectedTask& task)
+        : codes(task.weight), panel_bytes(task.layout.panel_bytes()) {
+        if (task.layout.format != WeightFormat::int4) return;
+        scales = task.layout.group_scales(task.weight, 0);
+        zero_points = task.layout.zero_points(task.weight, 0);
+        groups = task.layout.groups();
+        group_columns = task.layout.group_size;
+    }
+};
+
+// int8: a line of codes is 4 columns, a group is a block.
+struct Int8 {
+    static constexpr int kStep = 4;  // columns of a line
+
+    static Bytes codes(Bytes line, int) { return line; }
+    static int64_t group_columns(const Weight&, int64_t block_columns) { return block_columns; }
+    static int64_t first_group(const Weight&, int64_t block) { return block; }
+
+    // Of a piece of a panel: what its accumulators start from, and the factor of the weight beside that of x.
+    struct Group {
+        static void prefetch(const Weight&, int64_t, int64_t, int64_t) {}
+        void load(const Weight&, int64_t, int64_t, int) {}
+        Ints start(int32_t correction) const { return Ints{} + correction; }
+        Floats scale(float activation) const { return broadcast(activation); }
+    };
+};
+
+// int4: a line of codes is 8 columns, the first four in the low nibbles.
+struct Int4 {
+    static constexpr int kStep = 8;
+
+    static Bytes codes(Bytes line, int part) { return part ? high_nibbles(line) : low_nibbles(line); }
+    static int64_t group_columns(const Weight& weight, int64_t) { return weight.group_columns; }
+    static int64_t first_group(const Weight& weight, int64_t block) {
+        return block * (kActivationBlock / weight.group_columns);
+    }
+
+    struct Group {
+        Ints zero_points;
+        Floats scales;
+
+        // Those that are due so many bytes of codes later: short streams, which the processor does not find by itself.
+        [[gnu::always_inline]] static void prefetch(const Weight& weight, int64_t panel, int64_t group, int64_t ahead) {
+            const int64_t groups = ahead / kLineBytes * kStep / weight.group_columns;
+            const int64_t at = (panel * weight.groups + group + groups) * kPanel;
+            _mm_prefetch(weight.scales + at, _MM_HINT_T0);
+            _mm_prefetch(weight.zero_points + at, _MM_HINT_T0);
+        }
+        void load(const Weight& weight, int64_t panel, int64_t group, int piece) {
+            const int64_t at = (panel * weight.groups + group) * kPanel + piece * kLanes;
+            zero_points = widen_bytes(weight.zero_points + at);
+            scales = widen_halves(weight.scales + at);
+        }
+        // Both factors fit 16 bits: a sum is at most 128 * 128.
+        Ints start(int32_t correction) const { return multiply_words(zero_points, correction & 0xffff); }
+        Floats scale(float activation) const { return scales * broadcast(activation); }
+    };
+};
+
+}  // namespace
+}  // namespace chatglm
