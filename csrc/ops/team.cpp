@@ -10,10 +10,14 @@
 namespace chatglm {
 namespace {
 
-// Fields of `left_`, from the lowest bit on: units, order, number of the loop.
-constexpr int kOrderBit = 32;
-constexpr uint64_t kUnits = (uint64_t{1} << kOrderBit) - 1, kOrder = uint64_t{1} << kOrderBit,
-                   kLoop = uint64_t{1} << (kOrderBit + 1);
+// What is left of a part in one word, from the lowest bit on: its first unit, the unit behind it, its order.
+constexpr int kLastBit = 31, kOrderBit = 62;
+constexpr uint64_t kUnit = (uint64_t{1} << kLastBit) - 1;
+
+uint64_t packed(int64_t first, int64_t last, bool shrinking) {
+    return static_cast<uint64_t>(shrinking) << kOrderBit | static_cast<uint64_t>(last) << kLastBit |
+           static_cast<uint64_t>(first);
+}
 
 // Waits a little longer each time: a loop that starts at once is seen at once, and a core that other programs want is
 // not kept from them.
@@ -39,24 +43,24 @@ Team::Team() : threads_(tbb::this_task_arena::max_concurrency()) {}
 
 Team::~Team() {
     ended_.store(true, std::memory_order_relaxed);
-    if (gathered_) helpers_.wait();
+    if (parts_) helpers_.wait();
 }
 
 void Team::run(Order order, int64_t units, Call call, const void* body) {
-    if (static_cast<uint64_t>(units) > kUnits) throw std::length_error("Team: too many pieces");
-    if (!gathered_) {
-        gathered_ = true;
+    if (static_cast<uint64_t>(units) > kUnit) throw std::length_error("Team: too many pieces");
+    if (!parts_) {
+        parts_ = std::make_unique<Part[]>(static_cast<size_t>(threads_));
         gather(1, threads_);
     }
     call_ = call;
     body_ = body;
-    units_ = units;
-    done_.store(0, std::memory_order_relaxed);
-    const uint64_t loop = (left_.load(std::memory_order_relaxed) / kLoop + 1) * kLoop;
-    left_.store(loop | static_cast<uint64_t>(order) << kOrderBit | static_cast<uint64_t>(units),
-                std::memory_order_release);
-    take_pieces();
-    for (Patience patience; done_.load(std::memory_order_acquire) != units;) patience.wait();
+    undone_.store(units, std::memory_order_release);
+    for (int64_t i = 0; i < threads_; ++i) {
+        const uint64_t part =
+            packed(units * i / threads_, units * (i + 1) / threads_, order == Order::shrinking);
+        parts_[static_cast<size_t>(i)].left.store(part, std::memory_order_release);
+    }
+    for (Patience patience; undone_.load(std::memory_order_acquire) > 0; patience.wait()) take_pieces(0);
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
@@ -73,32 +77,51 @@ void Team::gather(int64_t first, int64_t last) {
 }
 
 void Team::help() {
+    const int64_t thread = joined_.fetch_add(1, std::memory_order_relaxed);
     Patience patience;
     while (!ended_.load(std::memory_order_relaxed)) {
-        if (take_pieces()) patience.renew();
+        if (undone_.load(std::memory_order_acquire) > 0 && take_pieces(thread)) patience.renew();
         patience.wait();
     }
 }
 
-bool Team::take_pieces() {
+bool Team::take_pieces(int64_t thread) {
     bool any = false;
-    uint64_t left = left_.load(std::memory_order_acquire);
-    while (const auto units = static_cast<int64_t>(left & kUnits)) {
-        const int64_t taken = left & kOrder ? std::max<int64_t>(1, units / (2 * threads_)) : 1;
-        const uint64_t rest = left - static_cast<uint64_t>(taken);
-        if (!left_.compare_exchange_weak(left, rest, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
-        const int64_t first = units_ - units;
+    while (true) {
+        const Range units = take(thread);
+        if (units.first == units.last) return any;
         try {
-            call_(body_, first, first + taken);
+            call_(body_, units.first, units.last);
         } catch (...) {
             const std::lock_guard<std::mutex> lock(failure_mutex_);
             if (!failure_) failure_ = std::current_exception();
         }
-        done_.fetch_add(taken, std::memory_order_acq_rel);
-        left = rest;
+        undone_.fetch_sub(units.last - units.first, std::memory_order_acq_rel);
         any = true;
     }
-    return any;
+}
+
+// From the beginning of the thread's own part, or else from the end of the next one that is not empty.
+Team::Range Team::take(int64_t thread) {
+    for (int64_t i = 0; i < threads_; ++i) {
+        std::atomic<uint64_t>& left = parts_[static_cast<size_t>((thread + i) % threads_)].left;
+        uint64_t seen = left.load(std::memory_order_acquire);
+        while (true) {
+            const auto first = static_cast<int64_t>(seen & kUnit), last = static_cast<int64_t>(seen >> kLastBit & kUnit);
+            if (first == last) break;
+            const bool shrinking = seen >> kOrderBit;
+            const int64_t count = shrinking ? std::max<int64_t>(1, (last - first) / 4) : 1;
+            const Range taken = i == 0 ? Range{first, first + count} : Range{last - count, last};
+            const uint64_t rest =
+                i == 0 ? packed(first + count, last, shrinking) : packed(first, last - count, shrinking);
+            // Succeeds only if the word is what was seen. Should it be the same again by then, in a later loop even, what
+            // is taken is left of that one all the same, and its call is read behind this.
+            if (left.compare_exchange_weak(seen, rest, std::memory_order_acq_rel, std::memory_order_acquire)) {
+                return taken;
+            }
+        }
+    }
+    return {0, 0};
 }
 
 }  // namespace chatglm

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <mutex>
 
 namespace chatglm {
@@ -28,8 +29,9 @@ public:
     int64_t threads() const { return threads_; }
 
     // Calls body(begin, end) for pieces of [0, count) that start at multiples of `step`: about `pieces_per_thread` for
-    // each thread, taken in turn, so that a core that is busy elsewhere does not decide the time. Throws what a body
-    // threw first, after the end of the loop: the other pieces are done all the same.
+    // each thread, taken one by one. Each thread has a part of them that lies together; one that is done takes from
+    // others, so that a core that is busy elsewhere does not decide the time. Throws what a body threw
+    // first, after the end of the loop: the other pieces are done all the same.
     template <typename Body>
     void pieces(int64_t count, int64_t step, int64_t pieces_per_thread, const Body& body) {
         const int64_t steps = (count + step - 1) / step;
@@ -43,8 +45,9 @@ public:
         });
     }
 
-    // The same with the long pieces first: a thread takes half of its part of what is left. So the threads end within
-    // about one step of each other, whatever disturbs them, and most of the time read long pieces.
+    // The same with the long pieces first: a thread takes a quarter of what is left of its part. So the threads end
+    // within about one step of each other, whatever disturbs them, and read long streams: a piece mostly begins where
+    // the thread's last one ended.
     template <typename Body>
     void shrinking_pieces(int64_t count, int64_t step, const Body& body) {
         const int64_t steps = (count + step - 1) / step;
@@ -58,7 +61,7 @@ public:
     }
 
 private:
-    enum class Order : uint64_t { one_by_one, shrinking };
+    enum class Order { one_by_one, shrinking };
     using Call = void (*)(const void* body, int64_t first, int64_t last);
 
     template <typename Body>
@@ -72,21 +75,28 @@ private:
     void run(Order order, int64_t units, Call call, const void* body);
     void gather(int64_t first, int64_t last);
     void help();
-    bool take_pieces();  // whether there were any
+    bool take_pieces(int64_t thread);  // whether there were any
+
+    // Units [first, last) of a loop.
+    struct Range {
+        int64_t first, last;
+    };
+    // What is left of a thread's part, in one word, from which its pieces and those that others take are cut off.
+    struct alignas(64) Part {
+        std::atomic<uint64_t> left{0};
+    };
+    Range take(int64_t thread);  // empty where nothing is left
 
     const int64_t threads_;
     tbb::task_group helpers_;
-    bool gathered_ = false;
+    std::unique_ptr<Part[]> parts_;  // from the first loop on
+    std::atomic<int64_t> joined_{1};  // threads that have a part of their own: the caller the first one
     std::atomic<bool> ended_{false};
 
-    // What is left of the loop: its number, its order and the units that nobody has taken, in one word. A piece is
-    // taken by making the last of these smaller, which fails once the loop is another one; `call_`, `body_` and
-    // `units_` stay as they are until all pieces that were taken are done.
-    alignas(64) std::atomic<uint64_t> left_{0};
-    alignas(64) std::atomic<int64_t> done_{0};
+    // The loop; `call_` and `body_` stay as they are until all its units are done.
+    alignas(64) std::atomic<int64_t> undone_{0};
     alignas(64) Call call_ = nullptr;
     const void* body_ = nullptr;
-    int64_t units_ = 0;
     std::mutex failure_mutex_;
     std::exception_ptr failure_;
 };
