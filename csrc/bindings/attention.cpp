@@ -73,7 +73,7 @@ std::tuple<FloatArray, FloatArray, FloatArray> attend(const std::string& isa, co
     FloatArray result = new_array({count, static_cast<size_t>(head_dim)}), max = new_array({count});
     FloatArray sum = new_array({count});
     kernels_by_name(isa).attention.attend({layout, rows, padded_query.data(), visible.data(), pointers.data(),
-                                              begin, end, context.data(), max.data(), sum.data()});
+                                              begin, end, end, context.data(), max.data(), sum.data()});
     for (int64_t row = 0; row < rows; ++row) {
         std::copy_n(context.data() + row * padded, head_dim, result.data() + row * head_dim);
     }

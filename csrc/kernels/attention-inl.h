@@ -213,7 +213,7 @@ private:
         if (next < whole) return half(begin + next, 0);
         if (next < 2 * whole) return half(begin + next - whole, tile_.layout.value_offset());
         const int64_t later = begin + next - whole;
-        return half(later < end_ ? later : begin, 0);
+        return half(later < tile_.ahead_end ? later : begin, 0);
     }
 
     const float* scales(int64_t slot, int64_t part_offset) const {

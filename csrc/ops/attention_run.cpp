@@ -108,8 +108,8 @@ struct Tiles {
             std::fill(query + r * padded + dim, query + (r + 1) * padded, 0.0f);
             visible[r] = call.visible[at];
         }
-        kernels.attention.attend({call.layout, used, query, visible, view.blocks(row, kv_head), begin, end, context,
-                                  max, sum});
+        kernels.attention.attend({call.layout, used, query, visible, view.blocks(row, kv_head), begin, end,
+                                  this->end(row, tile), context, max, sum});
     }
 
     void write(int64_t row, int64_t kv_head, int64_t tile, const float* context, const float* sum) const {

@@ -83,7 +83,7 @@ private:
                 }
             }
         }
-        if (begin + kStepSlots < end_) {
+        if (begin + kStepSlots < tile_.ahead_end) {
             const uint8_t* next = keys(first + kStepBlocks);
             const int64_t tiles = std::min(kAheadTiles, dim_ / 16);
             for (int64_t tile = 0; tile < tiles; ++tile) order_.add(next + tile * kTileBytes);

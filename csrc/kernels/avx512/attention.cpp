@@ -119,7 +119,7 @@ private:
     Ahead ahead(int64_t slot) const {
         const int64_t later = slot + kMostLines * kHalfSlots;
         prefetch(scales(slot, tile_.layout.value_scale_offset()));
-        if (later >= end_) return {half(slot, 0), half(slot, tile_.layout.value_offset())};
+        if (later >= tile_.ahead_end) return {half(slot, 0), half(slot, tile_.layout.value_offset())};
         prefetch(scales(later, tile_.layout.key_scale_offset()));
         return {half(later, 0), half(slot, tile_.layout.value_offset())};
     }

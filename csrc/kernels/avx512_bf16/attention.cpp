@@ -58,7 +58,7 @@ private:
         const int64_t next = at + kMostLines * kHalfSlots;
         if (next < slots) return values((begin + next) / kBlockSlots);
         const int64_t later = begin + kStepSlots + next - round_up(slots, kBlockSlots);
-        return keys((later < end_ ? later : begin) / kBlockSlots);
+        return keys((later < tile_.ahead_end ? later : begin) / kBlockSlots);
     }
 
     void score(int64_t begin, int64_t slots) {
