@@ -10,7 +10,17 @@ import pytest
 
 from chatglm_ov import ChatGLMError
 from chatglm_ov.bench.limits import Limits, disturbed_rounds
-from chatglm_ov.bench.measure import Case, Record, Times, Tokens, Variant, anonymous_bytes, give_back_memory
+from chatglm_ov.bench.measure import (
+    Case,
+    CaseRun,
+    Record,
+    Times,
+    Tokens,
+    Variant,
+    anonymous_bytes,
+    give_back_memory,
+    run_steps,
+)
 from chatglm_ov.bench.report import format_report, peak_of
 from chatglm_ov.bench.tables import remarks, tables
 from chatglm_ov.bench.weights import RandomWeights
@@ -240,3 +250,38 @@ def test_tables_have_a_cell_for_every_column(tmp_path: Path) -> None:
         assert {len(row) for row in rows} == {len(header)}
     assert made["Times as fast as stock"][1] == [("int8", "10", "2", "2.00", "100.00")]
     assert made["Next tokens"][1][0][3:5] == ("10.0 ms", "200.0")
+
+
+# Steps in turns
+
+
+class Told(CaseRun):
+    """Tells of each step instead of running one, and takes as many seconds as there were before it."""
+
+    def __init__(self, name: str, told: list[str]):
+        self.name, self.told, self.times = name, told, Times()
+
+    def step(self) -> float:
+        self.told.append(self.name)
+        return float(len(self.told) - 1)
+
+
+def test_models_take_a_few_steps_in_turns_with_the_bandwidth_between_them() -> None:
+    told: list[str] = []
+
+    def read() -> float:
+        told.append("|")
+        return float(len(told) - 1)
+
+    first, second = Told("a", told), Told("b", told)
+    run_steps([first, second], 6, read)
+    assert "".join(told) == "aabb|aaaa|bbbb|aa|bb|"
+    assert first.times.steps == [[5, 6, 7, 8, 15, 16]] and second.times.steps == [[10, 11, 12, 13, 18, 19]]
+    assert first.times.read == [[6.5] * 4 + [15.5] * 2] and second.times.read == [[11.5] * 4 + [18.5] * 2]
+
+
+def test_without_the_native_library_there_are_steps_only() -> None:
+    told: list[str] = []
+    run = Told("a", told)
+    run_steps([run], 3, None)
+    assert len(told) == 5 and run.times.steps == [[2, 3, 4]] and run.times.read == []

@@ -1,8 +1,9 @@
 """Times of a model through the public runtime, in turns with others.
 
-A turn of a model: it is loaded, each case is run, it is released. So there is one model in memory at a time, and what
-disturbs the machine disturbs all of them alike. In a case the prompt is run once untimed, then timed; then one token a
-step, the first steps untimed. Only the calls of `Request.infer` are timed, not what makes their inputs.
+A turn: models are loaded, each case is run, they are released. In a case each model runs the prompt once untimed, then
+timed; then all of them take one token a step, a few steps in turns, the first steps untimed: so what disturbs the
+machine for longer than that disturbs all of them alike. Only the calls of `Request.infer` are timed, not what makes
+their inputs.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class Record:
 
 
 def run_rounds(
-    variants: Sequence[Variant],
+    groups: Sequence[Sequence[Variant]],
     folders: dict[str, Path],
     cases: Sequence[Case],
     *,
@@ -140,32 +141,44 @@ def run_rounds(
     limits: Limits,
     report: Report,
 ) -> list[Record]:
-    """Every variant has a turn in each round, in an order that is turned round each time; the limits are measured
-    before, between and after the rounds, and the read bandwidth, which other users of the machine take their parts of,
-    after every few steps."""
-    records = [Record(variant, {case: Times() for case in cases}) for variant in variants]
+    """Every group of variants, whose models are in memory together, has a turn in each round. The order of the groups,
+    and that within them, is turned round each time. The limits are measured before, between and after the rounds, and
+    the read bandwidth, which other users of the machine take their parts of, after every few steps."""
+    turns = [[Record(variant, {case: Times() for case in cases}) for variant in group] for group in groups]
     can_measure = unavailable() is None
     for i in range(rounds):
         if can_measure:
             limits.take()
-        for record in records if i % 2 == 0 else reversed(records):
+        order = 1 if i % 2 == 0 else -1
+        for records in turns[::order]:
             read = limits.reader() if can_measure else None
-            take_turn(record, folders[record.variant.ops], steps, threads, read, report)
+            take_turn(records[::order], folders, steps, threads, read, report)
     if can_measure:
         limits.take()
-    return records
+    return [record for records in turns for record in records]
 
 
 def take_turn(
-    record: Record, folder: Path, steps: int, threads: int | None, read: ReadBandwidth | None, report: Report
+    records: Sequence[Record],
+    folders: dict[str, Path],
+    steps: int,
+    threads: int | None,
+    read: ReadBandwidth | None,
+    report: Report,
 ) -> None:
-    """Load the variant, add one sample of everything to the record, release it."""
-    model = _timed_load(record, folder, threads)
-    graph = read_ir(folder / record.variant.weight_format / IR_NAME)
-    record.weight_bytes = weight_bytes(graph, model.config)
-    for case, times in record.cases.items():
-        run_case(model, case, steps, times, read)
-        report(f"{record.variant.label}: {case.tokens} tokens, batch {case.batch}")
+    """Load the variants, add one sample of everything to each record, release them."""
+    models = []
+    for record in records:
+        folder = folders[record.variant.ops]
+        models.append(_timed_load(record, folder, threads))
+        graph = read_ir(folder / record.variant.weight_format / IR_NAME)
+        record.weight_bytes = weight_bytes(graph, models[-1].config)
+    for case in records[0].cases:
+        runs = []
+        for model, record in zip(models, records, strict=True):
+            runs.append(CaseRun(model, case, steps, record.cases[case]))
+            report(f"{record.variant.label}: {case.tokens} tokens, batch {case.batch}")
+        run_steps(runs, steps, read)
 
 
 def _timed_load(record: Record, folder: Path, threads: int | None) -> CompiledModel:
@@ -181,44 +194,47 @@ def _timed_load(record: Record, folder: Path, threads: int | None) -> CompiledMo
     return model
 
 
-def run_case(model: CompiledModel, case: Case, steps: int, times: Times, read: ReadBandwidth | None = None) -> None:
-    """Adds one round to the times, in a new request."""
-    calls = case.calls(steps)
-    tokens = Tokens(model.config, case.batch, calls, WARM_STEPS + steps)
-    request = model.create_request()
-    if not case.filled:
-        tokens.feed(request, 0, calls[0])
-        request.reset()
-    prompt, end = 0.0, 0
-    for length in calls:
-        prompt += tokens.feed(request, end, end + length)
-        end += length
-    times.prompt.append(prompt)
+class CaseRun:
+    """One round of a case, in a new request: the prompt is run and its time added to `times`; then one can go on."""
 
-    def step(i: int) -> float:
-        return tokens.feed(request, end + i, end + i + 1)
+    def __init__(self, model: CompiledModel, case: Case, steps: int, times: Times):
+        calls = case.calls(steps)
+        self.times = times
+        self._tokens = Tokens(model.config, case.batch, calls, WARM_STEPS + steps)
+        self._request = model.create_request()
+        self._end = 0
+        if not case.filled:
+            self._feed(calls[0])
+            self._request.reset()
+            self._end = 0
+        times.prompt.append(sum(self._feed(length) for length in calls))
 
-    for i in range(WARM_STEPS):
-        step(i)
-    _run_steps(lambda i: step(WARM_STEPS + i), steps, times, read)
+    def _feed(self, length: int) -> float:
+        begin, self._end = self._end, self._end + length
+        return self._tokens.feed(self._request, begin, self._end)
+
+    def step(self) -> float:
+        """Run one token; returns the seconds."""
+        return self._feed(1)
 
 
-def _run_steps(step: Callable[[int], float], steps: int, times: Times, read: ReadBandwidth | None) -> None:
-    """Adds one round of steps to the times."""
-    if read is None:
-        times.steps.append([step(i) for i in range(steps)])
-        return
-    seconds: list[float] = []
-    beside: list[float] = []
-    before = read()
+def run_steps(runs: Sequence[CaseRun], steps: int, read: ReadBandwidth | None) -> None:
+    """Adds one round of steps to the times of each run: a few of one, then of the next."""
+    for run in runs:
+        for _ in range(WARM_STEPS):
+            run.step()
+        run.times.steps.append([])
+        if read is not None:
+            run.times.read.append([])
+    before = 0.0 if read is None else read()
     for first in range(0, steps, STEPS_AT_ONCE):
-        some = [step(i) for i in range(first, min(first + STEPS_AT_ONCE, steps))]
-        after = read()
-        seconds += some
-        beside += [(before + after) / 2] * len(some)
-        before = after
-    times.steps.append(seconds)
-    times.read.append(beside)
+        for run in runs:
+            some = [run.step() for _ in range(min(STEPS_AT_ONCE, steps - first))]
+            run.times.steps[-1] += some
+            if read is not None:
+                after = read()
+                run.times.read[-1] += [(before + after) / 2] * len(some)
+                before = after
 
 
 class Tokens:

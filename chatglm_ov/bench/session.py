@@ -22,7 +22,7 @@ HINTS = ("bf16", "f32")
 """Inference precisions that the stock lowering is given; which of them is faster depends on machine and step."""
 INTEGER_FORMATS = ("int8", "int4")
 SPARE_BYTES = 1_000_000_000
-"""Memory beside the weights of a stock model, of which the plugin makes a copy: activations, cache."""
+"""Memory of a model beside its weights, of which stock operations make a copy: activations, cache."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Session:
                 bar.update()
 
             records = run_rounds(
-                fitting,
+                [fitting] if _fit_together(fitting, folders) else [[variant] for variant in fitting],
                 folders,
                 self.cases,
                 steps=self.new_tokens,
@@ -104,13 +104,20 @@ class Session:
         return format_report(self.source.config, records, self.new_tokens, limits, reasons, isa)
 
 
+def _needed(variant: Variant, folders: dict[str, Path]) -> int:
+    """Memory of a model: fused operations use the weights where the file is mapped."""
+    file = folders[variant.ops] / variant.weight_format / "openvino_model.bin"
+    return file.stat().st_size + SPARE_BYTES
+
+
+def _fit_together(variants: Sequence[Variant], folders: dict[str, Path]) -> bool:
+    """Whether the models can be in memory all at once."""
+    return sum(_needed(variant, folders) for variant in variants) <= psutil.virtual_memory().available
+
+
 def _too_large(variants: Sequence[Variant], folders: dict[str, Path]) -> Iterator[tuple[Variant, str]]:
     """Rivals for which there is not enough memory, and why."""
     free = psutil.virtual_memory().available
     for variant in variants:
-        if variant.hint is None:
-            continue
-        file = folders[variant.ops] / variant.weight_format / "openvino_model.bin"
-        needed = file.stat().st_size + SPARE_BYTES
-        if free < needed:
-            yield variant, f"{size(free)} of memory free, {size(needed)} needed"
+        if variant.hint is not None and free < _needed(variant, folders):
+            yield variant, f"{size(free)} of memory free, {size(_needed(variant, folders))} needed"

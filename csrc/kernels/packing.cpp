@@ -57,24 +57,6 @@ void PackedLayout::check() const {
     }
 }
 
-int64_t PackedLayout::padded_in() const {
-    switch (format) {
-        case WeightFormat::f32: return round_up(in_features, 16);
-        case WeightFormat::bf16: return round_up(in_features, 32);
-        case WeightFormat::int8: return round_up(in_features, 64);
-        default: return round_up(in_features, group_size > 64 ? group_size : 64);
-    }
-}
-
-int64_t PackedLayout::panel_bytes() const {
-    switch (format) {
-        case WeightFormat::f32: return padded_in() * kPanel * 4;
-        case WeightFormat::bf16: return padded_in() * kPanel * 2;
-        case WeightFormat::int8: return padded_in() * kPanel;
-        default: return padded_in() * kPanel / 2;
-    }
-}
-
 int64_t PackedLayout::zero_point_offset() const {
     return round_up(scale_offset() + panels() * groups() * kPanel * 2, kSectionAlignment);
 }

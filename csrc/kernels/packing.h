@@ -44,9 +44,24 @@ struct PackedLayout {
     void check() const;
 
     int64_t panels() const { return round_up(out_features, kPanel) / kPanel; }
-    int64_t padded_in() const;
+    int64_t padded_in() const {
+        switch (format) {
+            case WeightFormat::f32: return round_up(in_features, 16);
+            case WeightFormat::bf16: return round_up(in_features, 32);
+            case WeightFormat::int8: return round_up(in_features, 64);
+            default: return round_up(in_features, group_size > 64 ? group_size : 64);
+        }
+    }
     int64_t groups() const { return padded_in() / group_size; }
-    int64_t panel_bytes() const;  // codes of one panel
+    // Codes of one panel.
+    int64_t panel_bytes() const {
+        switch (format) {
+            case WeightFormat::f32: return padded_in() * kPanel * 4;
+            case WeightFormat::bf16: return padded_in() * kPanel * 2;
+            case WeightFormat::int8: return padded_in() * kPanel;
+            default: return padded_in() * kPanel / 2;
+        }
+    }
     int64_t scale_offset() const { return panels() * panel_bytes(); }
     int64_t zero_point_offset() const;
     int64_t bytes() const;
