@@ -1,8 +1,8 @@
 // FullyConnected of few rows: one panel after the other, from its first line to its last.
 //
-// What takes the time is reading the weights. A thread that reads one stream of them, its lines asked for far ahead, comes
-// as near to what the memory can deliver as one that only reads. With four panels side by side it is up to a fifth
-// behind where several instructions meet each line.
+// What takes the time is reading the weights. A thread that reads one stream of them, its lines asked for far ahead,
+// comes nearly to what the memory can deliver. With four panels side by side it is up to a fifth behind where several
+// instructions meet each line.
 //
 // Included by kernels/<level>/fully_connected*.cpp only; everything here has internal linkage, see simd-inl.h.
 #pragma once
@@ -26,8 +26,8 @@ constexpr int64_t kStreamPanels = 8;
 // Floats between the rows of their sums.
 constexpr int64_t kStreamStride = kStreamPanels * kPanel;
 
-// Calls stream(std::integral_constant<int, rows>(), panel, sums) for each panel, for the sums of its products: [row][16],
-// rows kStreamStride floats apart. At most kMost rows.
+// Calls stream(std::integral_constant<int, rows>(), panel, sums) for each panel, for the sums of its products:
+// [row][16], rows kStreamStride floats apart. At most kMost rows.
 template <int kMost, typename Stream>
 void multiply_streams(const FullyConnectedTask& task, int64_t begin, int64_t end, const Stream& stream) {
     alignas(kLineBytes) float sums[kMost * kStreamStride];

@@ -1,5 +1,5 @@
-// FullyConnected of many rows by VNNI: tiles of some rows by one or two panels, which walk over one block of K while its
-// codes stay in the first-level cache.
+// FullyConnected of many rows by VNNI: tiles of some rows by one or two panels, which walk over one block of K while
+// its codes stay in the first-level cache.
 //
 // Included by kernels/fully_connected_vnni-inl.h only; everything here has internal linkage, see simd-inl.h.
 #pragma once

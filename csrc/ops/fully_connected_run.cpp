@@ -5,8 +5,8 @@
 namespace chatglm {
 namespace {
 
-// What the kernels take side by side at most; even, for gates.
-constexpr int64_t kPanelsAtATime = 4;
+// Panels of the shortest piece; even: a gate lies beside what it multiplies.
+constexpr int64_t kLeastPanels = 4;
 
 void run_rows(const KernelTable& table, const FullyConnectedCall& call, int64_t begin, int64_t rows, Team& team) {
     static thread_local Scratch scratch, normed;
@@ -27,7 +27,7 @@ void run_rows(const KernelTable& table, const FullyConnectedCall& call, int64_t 
     if (task.epilogue.residual != nullptr) {
         task.epilogue.residual += begin * task.epilogue.residual_stride;
     }
-    team.shrinking_pieces(call.layout.panels(), kPanelsAtATime,
+    team.shrinking_pieces(call.layout.panels(), kLeastPanels,
                           [&](int64_t first, int64_t last) { kernel.multiply(task, first, last); });
 }
 

@@ -30,8 +30,8 @@ public:
 
     // Calls body(begin, end) for pieces of [0, count) that start at multiples of `step`: about `pieces_per_thread` for
     // each thread, taken one by one. Each thread has a part of them that lies together; one that is done takes from
-    // others, so that a core that is busy elsewhere does not decide the time. Throws what a body threw
-    // first, after the end of the loop: the other pieces are done all the same.
+    // others, so that a core that is busy elsewhere does not decide the time. Throws what a body threw first, after
+    // the end of the loop: the other pieces are done all the same.
     template <typename Body>
     void pieces(int64_t count, int64_t step, int64_t pieces_per_thread, const Body& body) {
         const int64_t steps = (count + step - 1) / step;
