@@ -95,7 +95,10 @@ def _bars(plot: Any, report: dict[str, Any], case: tuple[str, int, int], value: 
 
 def _bar(plot: Any, place: float, height: float, colour: str, label: str | None) -> None:
     bars = plot.bar(place, height, 0.38, color=colour, label=label)
-    plot.bar_label(bars, [f"{height:,.0f}" if height >= 100 else f"{height:.3g}"], fontsize=8)
+    # A bar that nearly reaches its limit has the line of that where its number stands.
+    ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    number = f"{height:,.0f}" if height >= 100 else f"{height:.3g}"
+    plot.bar_label(bars, [number], fontsize=8, padding=3, bbox=ground, zorder=3)
 
 
 def _groups(

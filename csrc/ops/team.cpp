@@ -107,15 +107,16 @@ Team::Range Team::take(int64_t thread) {
         std::atomic<uint64_t>& left = parts_[static_cast<size_t>((thread + i) % threads_)].left;
         uint64_t seen = left.load(std::memory_order_acquire);
         while (true) {
-            const auto first = static_cast<int64_t>(seen & kUnit), last = static_cast<int64_t>(seen >> kLastBit & kUnit);
+            const auto first = static_cast<int64_t>(seen & kUnit);
+            const auto last = static_cast<int64_t>(seen >> kLastBit & kUnit);
             if (first == last) break;
             const bool shrinking = seen >> kOrderBit;
             const int64_t count = shrinking ? std::max<int64_t>(1, (last - first) / 4) : 1;
             const Range taken = i == 0 ? Range{first, first + count} : Range{last - count, last};
             const uint64_t rest =
                 i == 0 ? packed(first + count, last, shrinking) : packed(first, last - count, shrinking);
-            // Succeeds only if the word is what was seen. Should it be the same again by then, in a later loop even, what
-            // is taken is left of that one all the same, and its call is read behind this.
+            // Succeeds only if the word is what was seen. Should it be the same again by then, in a later loop even,
+            // what is taken is left of that one all the same, and its call is read behind this.
             if (left.compare_exchange_weak(seen, rest, std::memory_order_acq_rel, std::memory_order_acquire)) {
                 return taken;
             }
