@@ -396,6 +396,18 @@ def test_epilogues(isa, case, activation):
             assert (np.abs(y - exact) <= error).all(), (m, y_features, options.keys())
 
 
+@each_case
+def test_gates_of_more_panels_than_are_finished_together(isa, case):
+    panels, k = 130, fitting(64, case)
+    weight = random_weight(case, 16 * panels, k)
+    for m in (1, 2, 20):
+        x = random_rows(m, k) / 8
+        y = multiply(isa, weight, x, y_features=8 * panels, activation="silu_gate")
+        z = x.astype(float) @ weight.values.T
+        exact, error = epilogue_of(z, bound(isa, weight, x) + 2 * U * np.abs(z), "silu_gate", 8 * panels)
+        assert (np.abs(y - exact) <= error).all(), m
+
+
 # Memory
 
 

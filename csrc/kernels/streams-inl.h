@@ -21,8 +21,9 @@ constexpr int64_t kStreamAhead = 8192;
     _mm_prefetch(line + kStreamAhead, _MM_HINT_T1);
 }
 
-// Panels that are finished together. Even: a gate lies beside what it multiplies.
+// Panels that are finished together.
 constexpr int64_t kStreamPanels = 8;
+static_assert(kStreamPanels % 2 == 0, "a gate lies beside what it multiplies");
 // Floats between the rows of their sums.
 constexpr int64_t kStreamStride = kStreamPanels * kPanel;
 
