@@ -14,6 +14,7 @@ from chatglm_ov.bench.limits import Limits
 from chatglm_ov.bench.measure import Case, Variant, run_rounds
 from chatglm_ov.bench.models import Source, check_disk, converted
 from chatglm_ov.bench.report import format_report
+from chatglm_ov.bench.work import cache_bytes
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.native import native, unavailable
 from chatglm_ov.sizes import size
@@ -22,7 +23,7 @@ HINTS = ("bf16", "f32")
 """Inference precisions that the stock lowering is given; which of them is faster depends on machine and step."""
 INTEGER_FORMATS = ("int8", "int4")
 SPARE_BYTES = 1_000_000_000
-"""Memory of a model beside its weights, of which stock operations make a copy: activations, cache."""
+"""Memory of a model beside its weights, of which stock operations make a copy, and its cache."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Session:
 
     def _measure(self, weight_format: str, folders: dict[str, Path], limits: Limits) -> dict[str, Any]:
         variants = self.variants(weight_format)
-        left_out = list(_too_large(variants, folders))
+        left_out = list(self._too_large(variants, folders))
         fitting = [variant for variant in variants if not any(variant is rival for rival, _ in left_out)]
         with tqdm(total=self.rounds * len(fitting) * len(self.cases), desc="measure", unit="case") as bar:
 
@@ -90,7 +91,7 @@ class Session:
                 bar.update()
 
             records = run_rounds(
-                [fitting] if _fit_together(fitting, folders) else [[variant] for variant in fitting],
+                [fitting] if self._fit_together(fitting, folders) else [[variant] for variant in fitting],
                 folders,
                 self.cases,
                 steps=self.new_tokens,
@@ -103,21 +104,21 @@ class Session:
         isa = native().isa() if unavailable() is None else None
         return format_report(self.source.config, records, self.new_tokens, limits, reasons, isa)
 
+    def _needed(self, variant: Variant, folders: dict[str, Path]) -> int:
+        """Memory of a model. Fused operations use the weights where the file is mapped. A cache has up to twice the
+        room that it needs."""
+        file = folders[variant.ops] / variant.weight_format / "openvino_model.bin"
+        caches = (cache_bytes(self.source.config, variant.kv_cache_format, c.tokens, c.batch) for c in self.cases)
+        return file.stat().st_size + SPARE_BYTES + int(2 * max(caches))
 
-def _needed(variant: Variant, folders: dict[str, Path]) -> int:
-    """Memory of a model: fused operations use the weights where the file is mapped."""
-    file = folders[variant.ops] / variant.weight_format / "openvino_model.bin"
-    return file.stat().st_size + SPARE_BYTES
+    def _fit_together(self, variants: Sequence[Variant], folders: dict[str, Path]) -> bool:
+        """Whether the models can be in memory all at once."""
+        return sum(self._needed(variant, folders) for variant in variants) <= psutil.virtual_memory().available
 
-
-def _fit_together(variants: Sequence[Variant], folders: dict[str, Path]) -> bool:
-    """Whether the models can be in memory all at once."""
-    return sum(_needed(variant, folders) for variant in variants) <= psutil.virtual_memory().available
-
-
-def _too_large(variants: Sequence[Variant], folders: dict[str, Path]) -> Iterator[tuple[Variant, str]]:
-    """Rivals for which there is not enough memory, and why."""
-    free = psutil.virtual_memory().available
-    for variant in variants:
-        if variant.hint is not None and free < _needed(variant, folders):
-            yield variant, f"{size(free)} of memory free, {size(_needed(variant, folders))} needed"
+    def _too_large(self, variants: Sequence[Variant], folders: dict[str, Path]) -> Iterator[tuple[Variant, str]]:
+        """Rivals for which there is not enough memory, and why."""
+        free = psutil.virtual_memory().available
+        for variant in variants:
+            needed = self._needed(variant, folders)
+            if variant.hint is not None and free < needed:
+                yield variant, f"{size(free)} of memory free, {size(needed)} needed"

@@ -124,7 +124,7 @@ void multiply_panels(const FullyConnectedTask& task, int64_t panel) {
 }
 
 // Sums [row][16] of a panel. The parts of a line have sums of their own: a chain of additions waits for its last one in
-// each line.
+// each line. So few rows round in another way than many, each row in the same whatever the others are.
 template <typename Format, int kRows>
 [[gnu::noinline]] void stream_panel(const uint8_t* line, int64_t lines, const uint32_t* x, float* out) {
     Floats sums[kRows][Format::kParts] = {};

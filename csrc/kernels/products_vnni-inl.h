@@ -28,6 +28,7 @@ template <typename Group, int kRows, int kPanels, int kPlanes>
     }
 }
 
+// Adds sums over other columns of the same group.
 template <int kRows, int kPanels, int kPlanes>
 [[gnu::always_inline]] inline void add_sums(const TileSums<kRows, kPanels, kPlanes>& sums,
                                             TileSums<kRows, kPanels, kPlanes>& into) {

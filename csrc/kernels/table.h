@@ -75,7 +75,7 @@ struct AttentionTile {
     const int64_t* visible;        // [rows]: row r sees the slots before visible[r]
     const uint8_t* const* blocks;  // block of slot s: blocks[s / kBlockSlots]
     int64_t begin, end;            // slots; begin is a multiple of kBlockSlots. Slots from `end` on are not valid
-    int64_t ahead_end;             // where `blocks` ends, at least `end`: what lies behind `end` is prefetched
+    int64_t ahead_end;             // slots that `blocks` has, at least `end`: those from `end` on are prefetched
     // Out. With p = exp(score - max) over the visible slots of the range: sum of p, and sum of p times value.
     // A row that sees none of them: max = -infinity, sum = 0, context = 0.
     float* context;  // [rows, padded_dim]
