@@ -257,6 +257,20 @@ def test_int8_is_the_sum_of_exact_blocks_in_order(isa, bits):
     )
 
 
+@pytest.mark.parametrize("m", (1, 7, 13, 40))
+@each_integer_case
+def test_the_largest_sums_fit(isa, case, m):
+    """Every product of a block as large as it can be, of either sign."""
+    n, k, limit = 34, BLOCK, 32639 if case.bits == 16 else 127
+    x = np.full((m, k), limit, np.float32) * np.where(np.arange(m) % 2, 1, -1)[:, None]
+    smallest, largest = (-128, 127) if case.format == "int8" else (0, 15)
+    codes = np.repeat(np.where(np.arange(n) % 2, smallest, largest)[:, None], k, 1)
+    shape = (n,) if case.format == "int8" else (n, k // case.group)
+    zero_point = np.repeat(np.where(np.arange(n) % 2, 15, 0)[:, None], shape[-1], 1)
+    weight = Weight(case, codes, np.ones(shape), zero_point)
+    check(isa, weight, x.astype(np.float32))
+
+
 @pytest.mark.parametrize("n, k", ((1, 5), (50, 700), (33, 1025)))
 @each_integer_case
 def test_a_row_is_the_same_alone_and_in_any_batch(isa, case, n, k):

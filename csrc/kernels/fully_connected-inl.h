@@ -36,12 +36,23 @@ inline Floats load_before(const float* x, int64_t column, int64_t count) {
 inline int32_t largest_bits(const float* x, int64_t count) {
     Ints largest{};
     for (int64_t i = 0; i < count; i += kLanes) {
+        _mm_prefetch(x + i + kActivationBlock, _MM_HINT_T0);
         const Ints bits = bits_of(absolute(load_before(x, i, count)));
         largest = bits > largest ? bits : largest;
     }
     int32_t result = 0;
     for (int i = 0; i < kLanes; ++i) result = std::max(result, largest[i]);
     return result;
+}
+
+// The largest 16-bit code of x: its planes of 8 bits, high and low, are signed both.
+constexpr int32_t kLargestCode = 127 * 256 + 127;
+static_assert(kActivationBlock * 128 * kLargestCode <= INT32_MAX, "sums of both planes fit 32 bits");
+
+// Sums of 16-bit codes from those of their planes. Either may have wrapped, or lack what the other has too much:
+// modulo 2^32 the result is right, and it fits.
+inline Ints sum_planes(Ints high, Ints low) {
+    return Ints((Bits(high) << 8) + Bits(low));
 }
 
 // Quantizes `count` columns of a row (one block, table.h) and returns their scale; q [columns] is 0 from `count` on.
@@ -55,7 +66,8 @@ inline float quantize_block(const float* x, int64_t count, int64_t columns, int 
     }
     float largest;
     std::memcpy(&largest, &bits, 4);
-    const float scale = std::max(largest / (activation_bits == 16 ? 32639.0f : 127.0f), FLT_MIN);
+    const float codes = activation_bits == 16 ? kLargestCode : 127;
+    const float scale = std::max(largest / codes, FLT_MIN);
     // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits. A division a vector would
     // take most of the time: times 1 / s the largest |x| comes out at most 2^-7 above the limit, and is rounded to it.
     const float inverse = 1.0f / scale, shift = 12582912.0f;
@@ -65,6 +77,19 @@ inline float quantize_block(const float* x, int64_t count, int64_t columns, int 
         std::memcpy(q + i, &narrow, sizeof narrow);
     }
     return scale;
+}
+
+// Sum of codes that quantize_block has stored; a multiple of 16.
+inline int32_t sum_codes(const int16_t* q, int64_t count) {
+    Ints sums{};
+    for (int64_t i = 0; i < count; i += kLanes) {
+        Shorts codes;
+        std::memcpy(&codes, q + i, sizeof codes);
+        sums += __builtin_convertvector(codes, Ints);
+    }
+    int32_t result = 0;
+    for (int i = 0; i < kLanes; ++i) result += sums[i];
+    return result;
 }
 
 #if defined(__AVX512F__)
@@ -94,21 +119,26 @@ constexpr int kNearBytes = 384;
 class Ahead {
 public:
     // next: of the first panel; the others lie panel_bytes apart. lines: of a panel in a block, and steps of a tile.
-    Ahead(const uint8_t* next, int64_t panel_bytes, int64_t lines, int64_t tile, int64_t tiles)
-        : line_(next + tile * lines / tiles * kLineBytes), panel_bytes_(panel_bytes), every_(tiles) {}
+    Ahead(const uint8_t* next, int64_t panel_bytes, int64_t lines, int64_t tiles)
+        : at_(next),
+          panel_bytes_(panel_bytes),
+          step_((kLineBytes + tiles - 1) / tiles),
+          tile_(lines * kLineBytes / tiles) {}
 
+    // To the part of the tile that follows the one which has this object, not to that of a copy.
+    void next_tile() { at_ += tile_; }
+
+    // A line is asked for by several steps: that costs less than to count them.
     template <int kPanels>
     [[gnu::always_inline]] void step() {
-        if (--wait_ > 0) return;
-        wait_ = every_;
 #pragma GCC unroll 4
-        for (int p = 0; p < kPanels; ++p) _mm_prefetch(line_ + p * panel_bytes_, _MM_HINT_T0);
-        line_ += kLineBytes;
+        for (int p = 0; p < kPanels; ++p) _mm_prefetch(at_ + p * panel_bytes_, _MM_HINT_T0);
+        at_ += step_;
     }
 
 private:
-    const uint8_t* line_;
-    int64_t panel_bytes_, every_, wait_ = 0;
+    const uint8_t* at_;
+    int64_t panel_bytes_, step_, tile_;
 };
 
 // Calls tile(std::integral_constant<int, rows>()), with rows in 1..kMost.

@@ -111,13 +111,14 @@ void multiply_panels(const FullyConnectedTask& task, int64_t panel) {
         const int64_t count = std::min<int64_t>(kBlockLines, lines - line);
         const uint8_t* next = line + count < lines ? weight + count * kLineBytes
                                                    : layout.panel(task.weight, panel + kPanels);
-        for (int64_t tile = 0, row = 0; row < task.rows; ++tile, row += kRowsOfTile) {
+        Ahead ahead(next, panel_bytes, count, tiles);
+        for (int64_t row = 0; row < task.rows; row += kRowsOfTile) {
             with_rows<kRowsOfTile>(task.rows - row, [&](auto rows) {
                 const auto* x = static_cast<const uint32_t*>(task.prepared) + row * lines * Format::kParts +
                                 line * Format::kParts * rows;
-                const Ahead ahead(next, panel_bytes, count, tile, tiles);
                 multiply_tile<Format, rows, kPanels>(weight, panel_bytes, count, x, ahead, sums + row * kStride);
             });
+            ahead.next_tile();
         }
     }
     finish(task, panel, panel + kPanels, {sums, kStride, 2 * kPanel});

@@ -3,8 +3,7 @@
 // Included by kernels/fully_connected_vnni-inl.h only; everything here has internal linkage, see simd-inl.h.
 #pragma once
 
-#include "kernels/fully_connected-inl.h"
-#include "kernels/vnni-inl.h"
+#include "kernels/weight_vnni-inl.h"
 
 namespace chatglm {
 namespace {
@@ -20,8 +19,7 @@ constexpr int tile_rows(int planes) {
 // What `prepare` makes of x, for R rows and B blocks. Sections, each from a multiple of 64 bytes on:
 //   codes        int8 [block][tile of rows][K / 4][row of the tile][plane][4]
 //   scales       float [B][R]
-//   corrections  int32 [group][R][plane]: sums of the plane's codes over a group. int8, where a group is a block:
-//                times -128, as the unsigned codes are too large by 128. int4: negative, for the zero point.
+//   corrections  int32 [group][R]: Format::correction of the sum of the row's codes over a group
 struct Prepared {
     int64_t rows, planes, blocks, bytes;
     int8_t* codes;
@@ -33,7 +31,7 @@ struct Prepared {
         const int64_t groups = layout.format == WeightFormat::int4 ? layout.groups() : blocks;
         const int64_t code_bytes = layout.padded_in() * rows * planes;
         const int64_t scale_bytes = round_up(blocks * rows * 4, kLineBytes);
-        bytes = code_bytes + scale_bytes + groups * rows * planes * 4;
+        bytes = code_bytes + scale_bytes + groups * rows * 4;
         codes = static_cast<int8_t*>(const_cast<void*>(prepared));
         scales = reinterpret_cast<float*>(codes + code_bytes);
         corrections = reinterpret_cast<int32_t*>(codes + code_bytes + scale_bytes);
@@ -44,7 +42,7 @@ struct Prepared {
         return codes + (block * kActivationBlock * rows + row * columns) * planes;
     }
     float& scale(int64_t block, int64_t row) const { return scales[block * rows + row]; }
-    int32_t* correction(int64_t group, int64_t row) const { return corrections + (group * rows + row) * planes; }
+    int32_t* correction(int64_t group, int64_t row) const { return corrections + group * rows + row; }
 };
 
 int64_t prepared_bytes(const PackedLayout& layout, int64_t rows, int activation_bits) {
@@ -62,22 +60,10 @@ void pack_row(const int16_t* q, int64_t columns, int8_t* out, int64_t stride) {
     }
 }
 
-template <int kPlanes>
-void sum_group(const int16_t* q, int64_t columns, int32_t factor, int32_t* out) {
-    int32_t total = 0, low = 0;
-    for (int64_t k = 0; k < columns; ++k) {
-        total += q[k];
-        low += static_cast<int8_t>(q[k]);
-    }
-    out[kPlanes - 1] = factor * low;
-    if constexpr (kPlanes == 2) out[0] = factor * ((total - low) >> 8);
-}
-
-template <int kPlanes>
+template <typename Format, int kPlanes>
 void prepare_planes(const PackedLayout& layout, const Prepared& out, const float* x, int64_t x_stride, int64_t begin,
                     int64_t end) {
     constexpr int kRows = tile_rows(kPlanes);
-    const bool int4 = layout.format == WeightFormat::int4;
     alignas(kLineBytes) int16_t q[kActivationBlock];
     for (int64_t row = begin; row < end; ++row) {
         const int64_t first = row / kRows * kRows, in_tile = std::min<int64_t>(kRows, out.rows - first);
@@ -87,22 +73,23 @@ void prepare_planes(const PackedLayout& layout, const Prepared& out, const float
             out.scale(block, row) = quantize_block(x + row * x_stride + start, count, columns, kPlanes * 8, q);
             pack_row<kPlanes>(q, columns, out.tile(block, first, columns) + (row - first) * kPlanes * 4,
                               in_tile * kPlanes * 4);
-            const int64_t group = int4 ? layout.group_size : columns;
-            for (int64_t k = 0; k < columns; k += group) {
-                const int64_t index = int4 ? (start + k) / group : block;
-                sum_group<kPlanes>(q + k, group, int4 ? -1 : -128, out.correction(index, row));
+            const int64_t group = Format::group_columns(layout, columns);
+            int64_t index = Format::first_group(layout, block);
+            for (int64_t k = 0; k < columns; k += group, ++index) {
+                *out.correction(index, row) = Format::correction(sum_codes(q + k, group));
             }
         }
     }
 }
 
+template <typename Format>
 void prepare(const PackedLayout& layout, int64_t rows, int activation_bits, const float* x, int64_t x_stride,
              int64_t begin, int64_t end, void* prepared) {
     const Prepared out(prepared, layout, rows, activation_bits);
     if (activation_bits == 16) {
-        prepare_planes<2>(layout, out, x, x_stride, begin, end);
+        prepare_planes<Format, 2>(layout, out, x, x_stride, begin, end);
     } else {
-        prepare_planes<1>(layout, out, x, x_stride, begin, end);
+        prepare_planes<Format, 1>(layout, out, x, x_stride, begin, end);
     }
 }
 

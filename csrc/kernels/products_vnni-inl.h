@@ -14,7 +14,7 @@ namespace {
 template <int kRows, int kPanels, int kPlanes>
 using TileSums = Ints[kRows][kPlanes][kPanels * kPieces];
 
-// What the sums of a group start from; corrections [row][plane].
+// What the sums of a group start from: those of the low plane, or the only one, from the correction of both.
 template <typename Group, int kRows, int kPanels, int kPlanes>
 [[gnu::always_inline]] inline void start_sums(const Group* factors, const int32_t* corrections,
                                               TileSums<kRows, kPanels, kPlanes>& sums) {
@@ -23,7 +23,9 @@ template <typename Group, int kRows, int kPanels, int kPlanes>
 #pragma GCC unroll 2
         for (int l = 0; l < kPlanes; ++l) {
 #pragma GCC unroll 4
-            for (int c = 0; c < kPanels * kPieces; ++c) sums[r][l][c] = factors[c].start(corrections[r * kPlanes + l]);
+            for (int c = 0; c < kPanels * kPieces; ++c) {
+                sums[r][l][c] = l == kPlanes - 1 ? factors[c].start(corrections[r]) : Ints{};
+            }
         }
     }
 }
@@ -80,16 +82,17 @@ template <typename Format, int kRows, int kPanels, int kPlanes>
 template <typename Group, int kRows, int kPanels, int kPlanes>
 [[gnu::always_inline]] inline void add_scaled(const TileSums<kRows, kPanels, kPlanes>& sums, const Group* factors,
                                               const float* activation_scales, int64_t stride, float* out) {
+    // Hides that `out` is the same for each group: GCC 12 would keep all sums on the stack instead.
+    asm volatile("" : "+r"(out));
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r, out += stride) {
 #pragma GCC unroll 4
         for (int c = 0; c < kPanels * kPieces; ++c) {
-            Floats total = __builtin_convertvector(sums[r][kPlanes - 1][c], Floats);
-            if constexpr (kPlanes == 2) {
-                total = multiply_add(__builtin_convertvector(sums[r][0][c], Floats), broadcast(256.0f), total);
-            }
+            Ints total = sums[r][kPlanes - 1][c];
+            if constexpr (kPlanes == 2) total = sum_planes(sums[r][0][c], total);
             float* at = out + c * kLanes;
-            store(at, multiply_add(total, factors[c].scale(activation_scales[r]), load(at)));
+            const Floats factor = factors[c].scale(activation_scales[r]);
+            store(at, multiply_add(__builtin_convertvector(total, Floats), factor, load(at)));
         }
     }
 }

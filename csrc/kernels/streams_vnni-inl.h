@@ -46,13 +46,13 @@ template <typename Format, int kRows, int kPlanes>
     const uint8_t* line = weight.codes + panel * weight.panel_bytes;
     for (int r = 0; r < kRows; ++r) std::fill_n(out + r * kStreamStride, kPanel, 0.0f);
     for (int64_t block = 0; block < x.blocks; ++block) {
-        const int64_t columns = block_columns(layout, block), group = Format::group_columns(weight, columns);
+        const int64_t columns = block_columns(layout, block), group = Format::group_columns(layout, columns);
         const int8_t* codes = x.tile(block, 0, columns);
-        int64_t index = Format::first_group(weight, block);
+        int64_t index = Format::first_group(layout, block);
         for (int64_t column = 0; column < columns; column += group, ++index) {
             typename Format::Group factors[kPieces];
             for (int i = 0; i < kPieces; ++i) factors[i].load(weight, panel, index, i);
-            Format::Group::prefetch(weight, panel, index, kStreamAhead);
+            Format::Group::prefetch(layout, weight, panel, index, kStreamAhead);
             line = stream_group<Format, kRows, kPlanes>(line, group, codes + column * kRows * kPlanes,
                                                         x.correction(index, 0), factors, &x.scale(block, 0), out);
         }

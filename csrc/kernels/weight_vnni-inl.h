@@ -16,7 +16,7 @@ struct Weight {
     int64_t panel_bytes;
     const uint16_t* scales;      // int4: [panel][group][16]
     const uint8_t* zero_points;  // int4: [panel][group][16]
-    int64_t groups, group_columns;
+    int64_t groups;
 
     explicit Weight(const FullyConnectedTask& task)
         : codes(task.weight), panel_bytes(task.layout.panel_bytes()) {
@@ -24,7 +24,6 @@ struct Weight {
         scales = task.layout.group_scales(task.weight, 0);
         zero_points = task.layout.zero_points(task.weight, 0);
         groups = task.layout.groups();
-        group_columns = task.layout.group_size;
     }
 };
 
@@ -33,12 +32,14 @@ struct Int8 {
     static constexpr int kStep = 4;  // columns of a line
 
     static Bytes codes(Bytes line, int) { return line; }
-    static int64_t group_columns(const Weight&, int64_t block_columns) { return block_columns; }
-    static int64_t first_group(const Weight&, int64_t block) { return block; }
+    static int64_t group_columns(const PackedLayout&, int64_t block_columns) { return block_columns; }
+    static int64_t first_group(const PackedLayout&, int64_t block) { return block; }
+    // The codes are too large by 128.
+    static int32_t correction(int32_t sum_of_x) { return -128 * sum_of_x; }
 
     // Of a piece of a panel: what its accumulators start from, and the factor of the weight beside that of x.
     struct Group {
-        static void prefetch(const Weight&, int64_t, int64_t, int64_t) {}
+        static void prefetch(const PackedLayout&, const Weight&, int64_t, int64_t, int64_t) {}
         void load(const Weight&, int64_t, int64_t, int) {}
         Ints start(int32_t correction) const { return Ints{} + correction; }
         Floats scale(float activation) const { return broadcast(activation); }
@@ -50,18 +51,24 @@ struct Int4 {
     static constexpr int kStep = 8;
 
     static Bytes codes(Bytes line, int part) { return part ? high_nibbles(line) : low_nibbles(line); }
-    static int64_t group_columns(const Weight& weight, int64_t) { return weight.group_columns; }
-    static int64_t first_group(const Weight& weight, int64_t block) {
-        return block * (kActivationBlock / weight.group_columns);
+    static int64_t group_columns(const PackedLayout& layout, int64_t) { return layout.group_size; }
+    static int64_t first_group(const PackedLayout& layout, int64_t block) {
+        return block * (kActivationBlock / layout.group_size);
+    }
+    // Two words of 16 bits, which a zero point and 256 times it meet: the sum has up to 23 bits.
+    static int32_t correction(int32_t sum_of_x) {
+        const int32_t high = -sum_of_x >> 8, low = -sum_of_x & 255;
+        return high * 65536 + low;
     }
 
     struct Group {
-        Ints zero_points;
+        Ints zero_points;  // each, below 128, beside 256 times itself, in words of 16 bits
         Floats scales;
 
         // Those that are due so many bytes of codes later: short streams, which the processor does not find by itself.
-        [[gnu::always_inline]] static void prefetch(const Weight& weight, int64_t panel, int64_t group, int64_t ahead) {
-            const int64_t groups = ahead / kLineBytes * kStep / weight.group_columns;
+        [[gnu::always_inline]] static void prefetch(const PackedLayout& layout, const Weight& weight, int64_t panel,
+                                                    int64_t group, int64_t ahead) {
+            const int64_t groups = ahead / kLineBytes * kStep / layout.group_size;
             const int64_t at = (panel * weight.groups + group + groups) * kPanel;
             _mm_prefetch(weight.scales + at, _MM_HINT_T0);
             _mm_prefetch(weight.zero_points + at, _MM_HINT_T0);
@@ -69,10 +76,10 @@ struct Int4 {
         void load(const Weight& weight, int64_t panel, int64_t group, int piece) {
             const int64_t at = (panel * weight.groups + group) * kPanel + piece * kLanes;
             zero_points = widen_bytes(weight.zero_points + at);
+            zero_points |= zero_points << 24;
             scales = widen_halves(weight.scales + at);
         }
-        // Both factors fit 16 bits: a sum is at most 128 * 128.
-        Ints start(int32_t correction) const { return multiply_words(zero_points, correction & 0xffff); }
+        Ints start(int32_t correction) const { return multiply_words(zero_points, correction); }
         Floats scale(float activation) const { return scales * broadcast(activation); }
     };
 };

@@ -14,7 +14,7 @@ namespace {
 // Layout of `prepared`:
 //   tiles   [block][unit][stream][columns / 64][16 rows][64 columns] int8
 //   scales  [block][padded rows] float32
-//   offsets [block][plane][padded rows] int32: 128 times the sum of a plane over the block
+//   offsets [block][padded rows] int32: 128 times the sum of the row over the block
 class QuantizedRows {
 public:
     QuantizedRows(const PackedLayout& layout, int64_t rows, int activation_bits)
@@ -29,7 +29,7 @@ public:
     int64_t padded_rows() const { return padded_rows_; }
     int64_t units() const { return padded_rows_ / unit_rows_; }
     int64_t tile_bytes() const { return padded_rows_ * blocks_.padded_in * planes_; }
-    int64_t bytes() const { return tile_bytes() + blocks_.count() * padded_rows_ * 4 * (1 + planes_); }
+    int64_t bytes() const { return tile_bytes() + blocks_.count() * padded_rows_ * 4 * 2; }
 
     // Tiles of the first unit; both streams of a unit lie one after the other, and the next unit behind them.
     int64_t units_at(int64_t block) const { return block * kActivationBlock * padded_rows_ * planes_; }
@@ -42,9 +42,7 @@ public:
         return units_at(block) + streams * stream_bytes(block) + row % kTileSide * 64;
     }
     int64_t scale_at(int64_t block, int64_t row) const { return tile_bytes() + (block * padded_rows_ + row) * 4; }
-    int64_t offset_at(int64_t block, int64_t plane, int64_t row) const {
-        return tile_bytes() + ((blocks_.count() + block * planes_ + plane) * padded_rows_ + row) * 4;
-    }
+    int64_t offset_at(int64_t block, int64_t row) const { return scale_at(blocks_.count() + block, row); }
 
 private:
     Blocks blocks_;
@@ -61,10 +59,9 @@ inline __m512i low_bytes(__m512i first, __m512i second) {
                                     _mm512_maskz_cvtepi16_epi8(kAllBytes, second), 1);
 }
 
-// Writes a row of one plane of a block to its tiles and returns its sum. q = 256 high + low, low in -128..127.
+// Writes a row of one plane of a block to its tiles. q = 256 high + low, low in -128..127.
 template <bool kHigh>
-inline int32_t write_plane(const int16_t* q, int64_t columns, uint8_t* out) {
-    __m512i sums = _mm512_setzero_si512();
+inline void write_plane(const int16_t* q, int64_t columns, uint8_t* out) {
     for (int64_t i = 0; i < columns; i += 64, out += kTileBytes) {
         __m512i first = load_words(q + i), second = load_words(q + i + 32);
         if constexpr (kHigh) {
@@ -72,14 +69,8 @@ inline int32_t write_plane(const int16_t* q, int64_t columns, uint8_t* out) {
             first = _mm512_srai_epi16(_mm512_add_epi16(first, half), 8);
             second = _mm512_srai_epi16(_mm512_add_epi16(second, half), 8);
         }
-        const __m512i bytes = low_bytes(first, second);
-        _mm512_storeu_si512(out, bytes);
-        sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), bytes);
+        _mm512_storeu_si512(out, low_bytes(first, second));
     }
-    int32_t lanes[16], sum = 0;
-    std::memcpy(lanes, &sums, sizeof sums);
-    for (int32_t lane : lanes) sum += lane;
-    return sum;
 }
 
 // One row of x, or a row of padding without x.
@@ -91,14 +82,11 @@ inline void prepare_row(const PackedLayout& layout, const QuantizedRows& rows, c
         const int64_t count = std::min(columns, layout.in_features - from);
         const int bits = rows.planes() == 2 ? 16 : 8;
         const float scale = x ? quantize_block(x + from, count, columns, bits, q) : 0.0f;
+        const int32_t offset = 128 * sum_codes(q, columns);
         std::memcpy(out + rows.scale_at(block, row), &scale, 4);
-        for (int64_t plane = 0; plane < rows.planes(); ++plane) {
-            uint8_t* to = out + rows.row_at(block, row, plane);
-            const bool is_high = rows.planes() == 2 && plane == 0;
-            const int32_t sum = is_high ? write_plane<true>(q, columns, to) : write_plane<false>(q, columns, to);
-            const int32_t offset = 128 * sum;
-            std::memcpy(out + rows.offset_at(block, plane, row), &offset, 4);
-        }
+        std::memcpy(out + rows.offset_at(block, row), &offset, 4);
+        write_plane<false>(q, columns, out + rows.row_at(block, row, rows.planes() - 1));
+        if (rows.planes() == 2) write_plane<true>(q, columns, out + rows.row_at(block, row, 0));
     }
 }
 
@@ -138,8 +126,7 @@ public:
 
     Combiner(const QuantizedRows& rows, const uint8_t* prepared, int64_t block, const float* weight_scales)
         : scales_(reinterpret_cast<const float*>(prepared + rows.scale_at(block, 0))),
-          high_offsets_(reinterpret_cast<const int32_t*>(prepared + rows.offset_at(block, 0, 0))),
-          low_offsets_(reinterpret_cast<const int32_t*>(prepared + rows.offset_at(block, kPlanes - 1, 0))),
+          offsets_(reinterpret_cast<const int32_t*>(prepared + rows.offset_at(block, 0))),
           weight_scales_(weight_scales) {}
 
     // The next unit of rows, the first one at the first call.
@@ -166,36 +153,32 @@ private:
 #pragma GCC unroll 4
         for (int64_t row = 0; row < kRows; ++row) add_row(weight_scale, row);
         scales_ += kRows;
-        high_offsets_ += kRows;
-        low_offsets_ += kRows;
+        offsets_ += kRows;
         sums_ += kRows * kPanel;
         y_ += kRows * kPairFeatures;
     }
 
     void add_row(const Floats (&weight_scale)[2], int64_t row) {
         const Floats scale = broadcast(scales_[row]);
-        const Ints high = Ints{} + high_offsets_[row], low = Ints{} + low_offsets_[row];
+        const Ints offset = Ints{} + offsets_[row];
 #pragma GCC unroll 2
         for (int panel = 0; panel < 2; ++panel) {
             float* y = y_ + row * kPairFeatures + panel * kPanel;
             const Floats factor = kUnsigned ? scale : scale * weight_scale[panel];
-            store(y, multiply_add(total(sums_ + panel * kPanelSums + row * kPanel, high, low), factor, load(y)));
+            const Floats sum = floats_of(total(sums_ + panel * kPanelSums + row * kPanel, offset));
+            store(y, multiply_add(sum, factor, load(y)));
         }
     }
 
-    // 256 times the high plane's sum plus the low one's, rounded once.
-    static Floats total(const int32_t* sums, Ints high_offset, Ints low_offset) {
-        const Ints low = load_sums(sums + (kPlanes - 1) * kStreamSums);
-        const Floats of_low = floats_of(kUnsigned ? low - low_offset : low);
-        if (kPlanes == 1) return of_low;
-        const Ints high = load_sums(sums);
-        return multiply_add(broadcast(256.0f), floats_of(kUnsigned ? high - high_offset : high), of_low);
+    static Ints total(const int32_t* sums, Ints offset) {
+        Ints low = load_sums(sums + (kPlanes - 1) * kStreamSums);
+        if (kUnsigned) low = Ints(Bits(low) - Bits(offset));
+        return kPlanes == 1 ? low : sum_planes(load_sums(sums), low);
     }
 
     // Of the next row:
     const float* scales_;
-    const int32_t* high_offsets_;
-    const int32_t* low_offsets_;
+    const int32_t* offsets_;
     const int32_t* sums_ = nullptr;
     float* y_ = nullptr;
 

@@ -4,11 +4,11 @@
 namespace chatglm::avx_vnni {
 
 FullyConnectedKernel fully_connected_int8() {
-    return {prepared_bytes, prepare, multiply<Int8>};
+    return {prepared_bytes, prepare<Int8>, multiply<Int8>};
 }
 
 FullyConnectedKernel fully_connected_int4() {
-    return {prepared_bytes, prepare, multiply<Int4>};
+    return {prepared_bytes, prepare<Int4>, multiply<Int4>};
 }
 
 }  // namespace chatglm::avx_vnni
