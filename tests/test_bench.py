@@ -11,6 +11,7 @@ import sys
 from itertools import chain
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -216,6 +217,32 @@ def test_stock_models_that_do_not_fit_into_memory_are_left_out(
     assert [reason.partition(" left out, ")[0] for reason in found["left_out"]] == [
         "int8, stock, bf16 hint", "int8, stock, f32 hint",
     ]  # fmt: skip
+
+
+@without_library
+def test_models_are_loaded_together_where_they_fit_with_their_caches(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[int] = []
+    needed: list[int] = []
+
+    def counted(turns: Any, folders: dict[str, Path], cases: Any, **options: Any) -> Any:
+        groups.append(len(turns))
+        files = [folders[v.ops] / v.weight_format / "openvino_model.bin" for turn in turns for v in turn]
+        # Keys and values of 5 layers, 2 heads of 64 in bfloat16, 2 rows of 8 tokens; room for twice as many.
+        caches = 2 * 5 * 2 * 64 * 2 * 2 * 8
+        needed.append(sum(file.stat().st_size + 2 * caches for file in files))
+        return run_rounds(turns, folders, cases, **options)
+
+    run_rounds = session.run_rounds
+    monkeypatch.setattr(session, "SPARE_BYTES", 0)
+    monkeypatch.setattr(session, "run_rounds", counted)
+    for lacking in (None, 0, 1):
+        if lacking is not None:
+            memory = SimpleNamespace(available=needed[0] - lacking)
+            monkeypatch.setattr(session, "psutil", SimpleNamespace(virtual_memory=lambda memory=memory: memory))
+        measured(run, tmp_path, DEMO, "--compare", "stock", "--weight-format", "int8", *FEW, "--batch", 2)
+    assert groups == [1, 1, 3]
 
 
 @pytest.mark.parametrize(
