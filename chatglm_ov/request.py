@@ -47,13 +47,13 @@ class Request:
 
     def reset(self) -> None:
         """Forget the sequence; the next call starts a fresh one and may have another number of rows."""
-        with self._alone():
+        with self.alone():
             self.cache.forget()
             self.past_length = self.rows = 0
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Raises ChatGLMError where another thread is at work."""
+    def alone(self) -> Iterator[None]:
+        """For several calls in a row. Raises ChatGLMError where another thread is at work."""
         if not self._lock.acquire(blocking=False):
             wanted = (
                 "one at a time: OVChatGLMForCausalLM(model.config, model.compiled) is another over the same weights"
@@ -78,7 +78,7 @@ class Request:
         if past_length == 0:
             self.reset()
             return
-        with self._alone():
+        with self.alone():
             if past_length < self.past_length:
                 self.cache.truncate(self._trained + past_length)
             self.past_length, self._columns = past_length, self._columns[:, :past_length]
@@ -110,7 +110,7 @@ class Request:
         }
         if prefix_length is not None:
             inputs["prefix_length"] = np.ascontiguousarray(prefix_length, np.int64)
-        with self._alone():
+        with self.alone():
             return self._inferred(inputs)
 
     def _inferred(self, inputs: dict[str, np.ndarray]) -> np.ndarray:

@@ -184,6 +184,21 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(converted: Path) -> None:
     assert terminal.exit_code() == 0
 
 
+@pytest.mark.parametrize("command", ["chat", "generate", "generate --raw"])
+def test_an_answer_that_is_cut_says_so(converted: Path, command: str) -> None:
+    name, *raw = command.split()
+    prompt = ("--prompt", "床前明月光") if name == "generate" else ()
+    terminal = Terminal(name, converted, "--max-new-tokens", 5, *EXACT, *raw, *prompt)
+    if name == "chat":
+        terminal.read_until("> ")
+        terminal.type("床前明月光\r")
+    terminal.read_until("[cut after 5 tokens: --max-new-tokens allows more]")
+    if name == "chat":
+        terminal.read_until("> ")
+        terminal.type("\x04")
+    assert terminal.exit_code() == 0
+
+
 # Text that grows
 
 

@@ -89,6 +89,16 @@ def test_default_length_ends_with_the_positions(tmp_path: Path, run: Run) -> Non
         assert 20 < int(STATS.match(done.err)[1]) < 32
 
 
+@pytest.mark.parametrize("options", [[], ["--no-stream"], ["--raw"]])
+def test_stop_texts_end_an_answer_and_are_not_in_it(converted: Path, run: Run, options: list[str]) -> None:
+    arguments = ("generate", converted, "--prompt", "床前明月光", "--max-new-tokens", 24, *EXACT, *options)
+    whole = run(*arguments).out.rstrip("\n")
+    stop = whole[len(whole) // 2 :][:3]
+    done = run(*arguments, "--stop", "not in it", stop)
+    assert done.out == whole[: whole.index(stop)] + "\n"
+    assert int(STATS.match(done.err)[1]) < 24
+
+
 def tiny(folder: Path, **fields: object) -> Path:
     """A converted random model of the GLM-4 kind with the small GLM-4 tokenizer, which never ends an answer."""
     sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "kv_channels": 16, "ffn_hidden_size": 32}

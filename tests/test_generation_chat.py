@@ -123,6 +123,24 @@ def test_stop_token_ends_the_answer_and_is_not_in_it(case):
         assert list(case.model.stream_chat(case.tokenizer, **options))[-1] == wanted
 
 
+def test_stop_strings_end_the_answer_and_are_not_in_it(case):
+    """Whole and streamed; no item of the stream has the beginning of one."""
+    for entry in case.entries:
+        asked = {**greedy(entry), "eos_token_id": -1}
+        whole = case.model.chat(case.tokenizer, **asked)[0]
+        if not isinstance(whole, str) or len(whole) < 6:
+            continue
+        stop = whole[len(whole) // 2 :][:2]
+        kept = whole[: whole.index(stop)]
+        for stops in (stop, ["absent", stop]):
+            answer, _ = case.model.chat(case.tokenizer, **asked, stop_strings=stops)
+            assert answer.strip() == kept.strip()
+            told = [told for told, _ in case.model.stream_chat(case.tokenizer, **asked, stop_strings=stops)]
+            assert told[-1] == answer and all(answer.startswith(part.strip()) for part in told)
+    with pytest.raises(ChatGLMError, match="stop_strings: value is ''"):
+        case.model.chat(case.tokenizer, "问", stop_strings="")
+
+
 def test_an_answer_of_nothing_is_streamed_too(case):
     entry = case.entries[0]
     stop = chat_format_for(case.tokenizer).stop_token_ids(case.tokenizer)[0]

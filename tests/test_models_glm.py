@@ -293,6 +293,6 @@ def test_long_prompts_in_pieces_are_those_of_transformers(ops, tokens, tmp_path)
     with torch.no_grad():
         wanted = original(ids).logits[:, -8:]
     torch.testing.assert_close(ours(ids, logits_to_keep=8).logits, wanted, rtol=0, atol=1e-3)
-    assert pieces == list(range(2048, tokens + 1, 2048))
+    assert pieces == list(range(512, tokens + 1, 512))
     with pytest.raises(ChatGLMError, match=f"a position {tokens}"):
         ours(torch.cat([ids, ids[:, :1]], 1))

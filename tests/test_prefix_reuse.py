@@ -13,6 +13,7 @@ import torch
 from golden_sets import GOLDENS, cases, model_inputs, open_either_model, open_model  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from chatglm_ov import ChatGLMError
 from chatglm_ov.generation import inputs
@@ -249,7 +250,7 @@ def test_a_second_thread_is_told(open_model):
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with model.session.request._alone():
+        with model.session.request.alone():
             held.set()
             done.wait()
 
@@ -262,6 +263,31 @@ def test_a_second_thread_is_told(open_model):
     done.set()
     thread.join()
     assert torch.equal(model(ids).logits, wanted)
+
+
+def test_one_generation_at_a_time(open_model):
+    """Between the steps of another one, too; and what either set is gone with it."""
+    model, ids = v2(open_model)
+    wanted, refused, told = greedy(model, ids), [], []
+
+    class Meanwhile(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            thread = threading.Thread(target=interfere)
+            thread.start()
+            thread.join()
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def interfere() -> None:
+        for use in (lambda: greedy(model, ids), lambda: model(ids), lambda: list(stream_tokens(model, ids))):
+            with pytest.raises(ChatGLMError, match="by another thread"):
+                use()
+            refused.append(use)
+
+    progress = {"prompt_progress": lambda *at: told.append(at)}
+    output = greedy(model, ids, stopping_criteria=StoppingCriteriaList([Meanwhile()]), **progress)
+    assert torch.equal(output, wanted) and len(refused) == 3 * (wanted.shape[1] - ids.shape[1])
+    assert told == [(ids.shape[1], ids.shape[1])] and model.prompt_progress is None
+    assert torch.equal(greedy(model, ids), wanted)
 
 
 def test_a_stream_is_closed_between_pieces_of_its_prompt(open_model, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -90,10 +90,12 @@ class ChatFormat(ABC):
         history: Sequence | None = None,
         role: str = "user",
         stops: Sequence[int] | None = None,
+        cut: Callable[[str], str] = str,
     ) -> tuple[Response, list]:
-        """Like `process_response`, from the generated ids, which end with one of `stops` or for their number."""
+        """Like `process_response`, from the generated ids, which end with one of `stops` or for their number; of their
+        text `cut` gives what belongs to the answer."""
         text = tokenizer.decode(self.without_stop_token(tokenizer, ids, stops))
-        return self.process_response(text, query, history, role)
+        return self.process_response(cut(text), query, history, role)
 
 
 def checked_text(value: Any, where: str, field: str) -> str:

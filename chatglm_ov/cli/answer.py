@@ -15,6 +15,9 @@ from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from chatglm_ov.chat import chat_format_for
+from chatglm_ov.generation.chat import as_list
+from chatglm_ov.generation.stop_strings import StopStrings
 from chatglm_ov.generation.timing import Stopwatch, Timing
 from chatglm_ov.modeling import OVChatGLMForCausalLM
 from chatglm_ov.tokenizer import TextStream, load_tokenizer
@@ -27,11 +30,12 @@ Show = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """figures: what it took, in a line; "" without a token."""
+    """figures: what it took, in a line; "" without a token. cut: why it is not complete; "" if it is."""
 
     text: str
     timing: Timing | None
     figures: str = ""
+    cut: str = ""
 
 
 def open_model(folder: Path, weight_format: str | None, **options: Any) -> tuple[Any, Any]:
@@ -55,6 +59,16 @@ def figures(timing: Timing | None, model: Any) -> str:
     reused, told = getattr(model, "reused_tokens", 0), getattr(model, "speculation", None)
     parts = [str(timing), f"{reused} prompt tokens reused" if reused else "", "" if told is None else str(told)]
     return "; ".join(part for part in parts if part)
+
+
+def cut_short(model: Any, watch: Stopwatch, most: int, ends: Sequence[int]) -> str:
+    """Why an answer stopped before the model ended it, in a line; "" if it did. most: tokens that it could have."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if watch.timing is None or watch.last_id in ends:
+        return ""
+    if limit is not None and watch.length >= limit:
+        return f"cut: the model has {limit} positions"
+    return f"cut after {most} tokens: --max-new-tokens allows more" if watch.timing.tokens >= most else ""
 
 
 class PromptBar:
@@ -84,7 +98,9 @@ def ask(model: Any, tokenizer: Any, query: str, show: Show | None = None, **opti
     else:
         for response, history in model.stream_chat(tokenizer, query, history=[], **options):
             show(as_text(response, history))
-    return Answer(as_text(response, history), watch.timing, figures(watch.timing, model))
+    ends = model.stop_ids(chat_format_for(tokenizer), tokenizer, options)
+    cut = cut_short(model, watch, options["max_new_tokens"], ends)
+    return Answer(as_text(response, history), watch.timing, figures(watch.timing, model), cut)
 
 
 def complete(model: Any, tokenizer: Any, prompt: str, show: Show | None = None, **options: Any) -> Answer:
@@ -94,11 +110,15 @@ def complete(model: Any, tokenizer: Any, prompt: str, show: Show | None = None, 
     length = inputs["input_ids"].shape[1]
     room = getattr(model.config, "max_position_embeddings", length + DEFAULT_NEW_TOKENS) - length
     options = {"max_new_tokens": max(1, min(DEFAULT_NEW_TOKENS, room)), **options}
+    stops = StopStrings(options.get("stop_strings"))
+    if stops:
+        options["tokenizer"] = tokenizer
     if show is not None:
-        options["streamer"] = GrowingText(tokenizer, show)
+        options["streamer"] = GrowingText(tokenizer, lambda text: show(stops.certain(text)))
     ids = model.generate(**inputs, stopping_criteria=StoppingCriteriaList([watch]), **options)[0, length:]
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    return Answer(text, watch.timing, figures(watch.timing, model))
+    text = stops.cut(tokenizer.decode(ids, skip_special_tokens=True))
+    cut = cut_short(model, watch, options["max_new_tokens"], as_list(model.generation_config.eos_token_id))
+    return Answer(text, watch.timing, figures(watch.timing, model), cut)
 
 
 def as_text(response: Any, history: Sequence = ()) -> str:

@@ -98,11 +98,12 @@ class Conversation:
         """A stopped answer stays in the history as far as it came; an error leaves the history as it was."""
         from transformers import StoppingCriteriaList
 
-        from chatglm_ov.cli.answer import DEFAULT_NEW_TOKENS, as_text, figures
+        from chatglm_ov.chat import chat_format_for
+        from chatglm_ov.cli.answer import DEFAULT_NEW_TOKENS, as_text, cut_short, figures
         from chatglm_ov.cli.printing import TextPrinter
         from chatglm_ov.generation.timing import Stopwatch
 
-        watch, printer, text, before = Stopwatch(), TextPrinter(), "", self._history
+        watch, printer, text, before, cut = Stopwatch(), TextPrinter(), "", self._history, ""
         options = {"max_new_tokens": DEFAULT_NEW_TOKENS, **self._options}
         options["stopping_criteria"] = StoppingCriteriaList([watch])
         try:
@@ -111,6 +112,8 @@ class Conversation:
                     text = as_text(response, self._history)
                     printer.show(text)
             printer.finish(text)
+            ends = self._model.stop_ids(chat_format_for(self._tokenizer), self._tokenizer, options)
+            cut = cut_short(self._model, watch, options["max_new_tokens"], ends)
         except KeyboardInterrupt:
             printer.finish(text)
             print("[stopped]")
@@ -119,6 +122,8 @@ class Conversation:
             print(f"error: {error}", file=sys.stderr)
         if self._stats and watch.timing:
             print(f"[{figures(watch.timing, self._model)}]")
+        if cut and sys.stdin.isatty():
+            print(f"[{cut}]")
 
 
 def _beginning(tokenizer: Any, system: str | None) -> list[dict[str, str]]:

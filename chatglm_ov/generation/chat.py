@@ -10,6 +10,7 @@ import torch
 
 from chatglm_ov.chat import ChatFormat, chat_format_for
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.generation.stop_strings import StopStrings
 from chatglm_ov.generation.stream import stream_tokens
 from chatglm_ov.tokenizer import TextStream
 
@@ -20,7 +21,8 @@ class ChatMixin:
     `history` and the history returned are a list of (query, answer) pairs for ChatGLM-6B and ChatGLM2, of messages
     `{"role", "content", ...}` for ChatGLM3 and all later ones; the argument itself is not changed. `options` go to
     `generate()`; those of the original chat (sampling with its top_p and temperature, max_length counting the
-    prompt too) hold unless told otherwise. `max_new_tokens` counts the answer alone. What a prompt has in common with
+    prompt too) hold unless told otherwise. `max_new_tokens` counts the answer alone. `stop_strings`, a text or several,
+    end an answer and are no part of it. What a prompt has in common with
     the sequence that is in the model, such as the turns before it, is not computed again (`reuse_cache`).
     """
 
@@ -32,10 +34,11 @@ class ChatMixin:
     ) -> tuple[Any, list]:
         """(answer, history with this round). The answer is text, for a tool call a dict with `name`."""
         chat, ids = _prompt(tokenizer, query, history, role)
-        stops = self._stop_ids(chat, tokenizer, options)
+        stops = self.stop_ids(chat, tokenizer, options)
         settings = _settings(chat, tokenizer, len(ids), {**options, "eos_token_id": stops}, self.config)
         output = self.generate(torch.tensor([ids]), **settings)  # type: ignore[attr-defined]
-        return chat.answer(tokenizer, output[0, len(ids) :].tolist(), query, history, role, stops)
+        ends = StopStrings(options.get("stop_strings"))
+        return chat.answer(tokenizer, output[0, len(ids) :].tolist(), query, history, role, stops, ends.cut)
 
     def stream_chat(
         self, tokenizer: Any, query: str, history: Sequence | None = None, role: str = "user", **options: Any
@@ -44,34 +47,35 @@ class ChatMixin:
         the last one what it does return. Characters come whole. A model that thinks first has the last message's
         `thinking` growing while the answer is "". Closing the iterator ends the answer."""
         chat, ids = _prompt(tokenizer, query, history, role)
-        stops, stream = self._stop_ids(chat, tokenizer, options), TextStream(tokenizer)
+        stops, stream = self.stop_ids(chat, tokenizer, options), TextStream(tokenizer)
         settings = _settings(chat, tokenizer, len(ids), {**options, "eos_token_id": stops}, self.config)
+        ends = StopStrings(options.get("stop_strings"))
 
         def answers() -> Iterator[tuple[Any, list]]:
             text, told = "", None
             with closing(stream_tokens(self, torch.tensor([ids]), **settings)) as tokens:  # type: ignore[type-var]
                 for token in tokens:
                     text += "" if token in stops else stream.put(token)
-                    certain = chat.certain(text)
+                    certain = chat.certain(ends.certain(text))
                     if certain and certain != told:
                         yield chat.process_response(certain, query, history, role)
                         told = certain
-            text += stream.flush()
+            text = ends.cut(text + stream.flush())
             if text != told:
                 yield chat.process_response(text, query, history, role)
 
         return answers()
 
-    def _stop_ids(self, chat: ChatFormat, tokenizer: Any, options: dict[str, Any]) -> list[int]:
+    def stop_ids(self, chat: ChatFormat, tokenizer: Any, options: dict[str, Any]) -> list[int]:
         """What ends an answer: `eos_token_id` of the options; without it the tokens of the chat format, of
         generation_config.json and of config.json together."""
         if options.get("eos_token_id") is not None:
-            return _as_list(options["eos_token_id"])
+            return as_list(options["eos_token_id"])
         ends = [chat.stop_token_ids(tokenizer), self.generation_config.eos_token_id, self.config.eos_token_id]
-        return list(dict.fromkeys(index for end in ends for index in _as_list(end)))
+        return list(dict.fromkeys(index for end in ends for index in as_list(end)))
 
 
-def _as_list(ids: Any) -> list[int]:
+def as_list(ids: Any) -> list[int]:
     """`eos_token_id` of a config: None, one id or several."""
     return [] if ids is None else torch.as_tensor(ids).flatten().tolist()
 
@@ -88,10 +92,13 @@ def _settings(chat: ChatFormat, tokenizer: Any, prompt: int, options: dict[str, 
     settings = {**chat.defaults.as_dict(), "reuse_cache": True, "eos_token_id": chat.stop_token_ids(tokenizer), **given}
     if not settings["do_sample"]:
         settings |= {name: given.get(name, 1.0) for name in ("top_p", "temperature")}
+    if StopStrings(given.get("stop_strings")):
+        settings["tokenizer"] = tokenizer
     if "max_new_tokens" in given:
         settings["max_length"] = prompt + given["max_new_tokens"]
     limit = getattr(config, "max_position_embeddings", None) or settings["max_length"]
     settings |= {"max_length": min(settings["max_length"], limit), "max_new_tokens": None}
     if prompt >= settings["max_length"]:
-        raise ChatGLMError("chat", "prompt", f"{prompt} tokens long", f"fewer than {settings['max_length']}")
+        more = f" (max_length; the model takes {limit})" if settings["max_length"] < limit else ""
+        raise ChatGLMError("chat", "prompt", f"{prompt} tokens long", f"fewer than {settings['max_length']}{more}")
     return settings

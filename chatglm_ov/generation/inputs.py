@@ -15,8 +15,9 @@ import torch
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation.cache import StateCache
 
-PIECE_TOKENS = 2048
-"""A longer prompt is computed in pieces: this many tokens are as fast as any number."""
+PIECE_TOKENS = 512
+"""A longer prompt is computed in pieces: this many tokens are as fast as any number (the kernels take no more rows at
+once), and between two pieces it can be seen how far it is, and be ended."""
 
 
 @dataclass

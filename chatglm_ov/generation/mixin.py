@@ -74,17 +74,22 @@ class StatefulGenerationMixin(GenerationMixin):
         cache = one_cache(kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
         kwargs |= {} if cache is None else {CACHE_NAME: cache}
+        check_assistant(self, kwargs.get("assistant_model"))
+        # To the end: between two steps another thread would take the sequence, and what this call has set, away.
+        with self.session.request.alone():
+            return self._generated(ids, generation_config, args, kwargs)
+
+    def _generated(self, ids: Any, config: GenerationConfig | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         self.reused_tokens, self.speculation = 0, None
         if kwargs.pop("reuse_cache", False):
             self._resume(ids, kwargs)
-        check_assistant(self, kwargs.get("assistant_model"))
-        step = self._first_step(ids, generation_config or self.generation_config, kwargs)
+        step = self._first_step(ids, config or self.generation_config, kwargs)
         kwargs["attention_mask"] = torch.from_numpy(step.keep.astype(np.int64))
         kwargs["position_ids"] = torch.from_numpy(np.array(step.position_ids))
         own_progress = self.prompt_progress
         self.prompt_progress = kwargs.pop("prompt_progress", own_progress)
         try:
-            return super().generate(ids, generation_config, *args, **kwargs)  # type: ignore[misc]
+            return super().generate(ids, config, *args, **kwargs)  # type: ignore[misc]
         finally:
             self.prompt_progress = own_progress
 

@@ -46,9 +46,12 @@ class Stopwatch(StoppingCriteria):
     def __init__(self) -> None:
         self._start = perf_counter()
         self._times: list[float] = []
+        self.length, self.last_id = 0, -1
+        """Of the first row: its tokens so far, the prompt's too, and the last of them."""
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self._times.append(perf_counter())
+        self.length, self.last_id = input_ids.shape[1], int(input_ids[0, -1])
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
     @property
