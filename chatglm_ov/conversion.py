@@ -39,7 +39,7 @@ from chatglm_ov.lora import with_lora
 from chatglm_ov.lowering import Lowering
 from chatglm_ov.model_weights import model_weights
 from chatglm_ov.models import architecture
-from chatglm_ov.native import native, unavailable
+from chatglm_ov.native import check_forced_level, native, unavailable
 from chatglm_ov.plan import Plan, make_plan
 from chatglm_ov.prequantized import CONFIG_FIELDS, open_checkpoint
 from chatglm_ov.tokenizer import save_tokenizer_files
@@ -202,6 +202,8 @@ def _calibrated(
 
 def available_ops(ops: str) -> str:
     """The lowering that is used when `ops` is asked for; a warning says why it is another one."""
+    if ops == "fused":
+        check_forced_level()
     reason = unavailable() if ops == "fused" else None
     if reason is None:
         return ops

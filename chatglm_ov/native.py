@@ -21,14 +21,24 @@ NAME = "chatglm_ov._native"
 
 
 @cache
-def _load() -> ModuleType | str:
+def _imported() -> ModuleType | str:
     """The library, or why there is none."""
     try:
         path = os.environ.get("CHATGLM_OV_NATIVE")
-        module = importlib.import_module(NAME) if path is None else _from_file(path)
-        # Raises where this process can use no instruction set level, or not the one that it is told to.
-        module.isa()
+        return importlib.import_module(NAME) if path is None else _from_file(path)
     except (ImportError, RuntimeError, ValueError) as error:
+        return str(error)
+
+
+@cache
+def _load() -> ModuleType | str:
+    """The library, or why it cannot be used."""
+    module = _imported()
+    try:
+        if isinstance(module, ModuleType):
+            # Raises where this process can use no instruction set level, or not the one that it is told to.
+            module.isa()
+    except (RuntimeError, ValueError) as error:
         return str(error)
     return module
 
@@ -41,6 +51,15 @@ def _from_file(path: str) -> ModuleType:
     spec.loader.exec_module(module)
     sys.modules[NAME] = module
     return module
+
+
+def check_forced_level() -> None:
+    """Raises ChatGLMError where CHATGLM_OV_ISA asks for what is not on this machine: whoever sets it wants that level,
+    and not to do without the library."""
+    forced, module = os.environ.get("CHATGLM_OV_ISA"), _imported()
+    if forced and isinstance(module, ModuleType) and unavailable() is not None:
+        levels = ", ".join(module.present_isa_levels()) or "none"
+        raise ChatGLMError("CHATGLM_OV_ISA", "level", forced, f"one of this machine: {levels}")
 
 
 def unavailable() -> str | None:

@@ -24,7 +24,7 @@ from chatglm_ov.huge_pages import advise_huge_pages
 from chatglm_ov.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, KVCache, PluginCache
 from chatglm_ov.last_rows import take_last_rows_early
 from chatglm_ov.models import architecture
-from chatglm_ov.native import library_path, native, unavailable
+from chatglm_ov.native import check_forced_level, library_path, native, unavailable
 from chatglm_ov.request import Request
 from chatglm_ov.trained_prefix import TrainedPrefix
 from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, read_description
@@ -152,6 +152,7 @@ def _core_for(path: Path, described: dict[str, str]) -> ov.Core:
     _check_version(path, "format_version", described, FORMAT_VERSION)
     if described.get("ops") != "fused":
         return core()
+    check_forced_level()
     if (reason := unavailable()) is not None:
         seen = f"fused, which cannot run here ({' '.join(reason.split())})"
         raise ChatGLMError(path, "ops", seen, "stock: convert again with --ops stock, or install the native library")

@@ -46,3 +46,8 @@ def test_fused_lowering_at(level: str):
     assert done.returncode == 0, done.stdout[-5000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) > 100, done.stdout[-5000:]
+
+
+def test_a_trial_of_an_instruction_that_is_not_there_is_no_crash():
+    assert native().survives_illegal_instruction() is False
+    assert native().survives_illegal_instruction() is False

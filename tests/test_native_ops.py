@@ -150,6 +150,15 @@ def test_a_row_that_is_not_there_is_refused(cache_table):
         cache_table[False]([[0, 0]], np.ones((1, 3)), np.zeros((1, 1)), [3])
 
 
+@pytest.mark.parametrize(
+    ("mask", "ids", "beam_idx", "prefix"),
+    [((2, 3), (2, 5), 2, 2), ((2, 3), (1, 3), 2, 2), ((2, 3), (2, 3), 1, 2), ((2, 3), (2, 3), 2, 1)],
+)
+def test_inputs_of_a_table_that_do_not_fit_are_refused(cache_table, mask, ids, beam_idx, prefix):
+    with pytest.raises(RuntimeError, match=r"CacheTable: .* wanted"):
+        cache_table[True](np.zeros((2, 0)), np.ones(mask), np.zeros(ids), np.zeros(beam_idx), np.zeros(prefix))
+
+
 # FullyConnected, Embedding, Norm, RotaryEmbedding
 
 
@@ -185,6 +194,18 @@ def test_fully_connected_in_a_model(core, factory):
     step = np.abs(a).max(axis=-1, keepdims=True) / 32639
     bound = step / 2 * np.abs(weight).sum(axis=1) + 1e-5 * (np.abs(a) @ np.abs(weight).T + np.abs(wanted))
     assert (np.abs(seen - wanted) <= bound).all()
+    with pytest.raises(RuntimeError, match=r"FullyConnected: a residual of .* wanted 6 rows of 40"):
+        model([a, r[:1]])
+
+
+def test_a_gate_beside_nothing_is_refused(factory):
+    layout, payload, _ = packed_int8(np.random.default_rng(0), 16, 64)
+    attributes = weight_attributes(layout) | {"y_features": 8, "activation": "silu_gate"}
+    with pytest.raises(RuntimeError, match="1 panels of a gate and what it multiplies"):
+        factory.create("FullyConnected", [parameter([1, 64]).output(0), opset.constant(payload).output(0)], attributes)
+    with pytest.raises(ValueError, match="panels are not as many of the gate"):
+        x = np.ones((1, 64), np.float32)
+        native().fully_connected("avx2", layout, payload, x, y_features=8, activation="silu_gate")
 
 
 @pytest.mark.parametrize("rows", [1, 3, 70, 600])
@@ -612,6 +633,14 @@ def test_a_cache_that_is_too_small_is_refused(core, factory, capacity, message):
     qkv, angles = sequences(10, 2, 40)
     with pytest.raises(RuntimeError, match=message):
         layer(qkv, angles, np.ones((2, 40)))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_angles_of_other_tokens_are_refused(core, factory, rows):
+    layer = Layer(core, factory, "bf16")
+    qkv, angles = sequences(10, 2, 5)
+    with pytest.raises(RuntimeError, match=r"MultiHeadAttention: angles of .* wanted those of .* tokens"):
+        layer(qkv, np.resize(angles, (rows, *angles.shape[1:])), np.ones((2, 5)))
 
 
 def test_another_packing_version_is_refused(factory):

@@ -106,7 +106,10 @@ class StatefulGenerationMixin(GenerationMixin):
         if not 0 < new <= ids.shape[1]:
             raise ChatGLMError("input_ids", "length", ids.shape[1], f"at least {new}, the columns not in the cache")
         positions = None if positions is None else positions[..., -new:]
-        return inputs.prepare(self.compiled, input_ids[:, -new:], mask, positions, cache)
+        step = inputs.prepare(self.compiled, input_ids[:, -new:], mask, positions, cache)
+        if not step.keep[:, -1].all():
+            raise ChatGLMError("attention_mask", "last column", "padding", "a token in each row: pad on the left")
+        return step
 
     def _resume(self, input_ids: Any, kwargs: dict[str, Any]) -> None:
         """Put a cache with what `input_ids` and the latest sequence have in common into the arguments, if that is

@@ -26,6 +26,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> fully_connected(const std::string& is
     const int64_t padded = layout.panels() * kPanel;
     require(extent(payload.size()) == layout.bytes(), "payload does not fit the layout");
     require(extent(x.shape(1)) == layout.in_features, "x does not have in_features columns");
+    require(!gated || layout.panels() % 2 == 0, "panels are not as many of the gate as of what it multiplies");
     require(y_features > 0 && y_features <= (gated ? padded / 2 : layout.out_features), "y_features is too large");
     require(activation_bits == 8 || activation_bits == 16, "activation_bits is not 8 or 16");
     require(!bias || extent(bias->size()) == padded, "bias does not have 16 values a panel");

@@ -14,6 +14,15 @@ void bind_isa(nanobind::module_& module) {
         },
         "Names of the instruction set levels of this machine, lowest first.");
     module.def(
+        "survives_illegal_instruction",
+        [] {
+            return survives([] {
+                __builtin_trap();
+                return true;
+            });
+        },
+        "For tests: what a trial of instructions comes to that are not to be had; False.");
+    module.def(
         "isa", [] { return std::string(kernels().level); },
         "The level in use: the highest present, or CHATGLM_OV_ISA, for tests also amx_emulated.");
 }

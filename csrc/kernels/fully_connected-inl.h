@@ -79,7 +79,7 @@ inline float quantize_block(const float* x, int64_t count, int64_t columns, int 
     return scale;
 }
 
-// Sum of codes that quantize_block has stored; a multiple of 16.
+// Sum of `count` codes that quantize_block has stored, a multiple of 16 of them.
 inline int32_t sum_codes(const int16_t* q, int64_t count) {
     Ints sums{};
     for (int64_t i = 0; i < count; i += kLanes) {

@@ -1,10 +1,11 @@
 #include "kernels/isa.h"
 
 #include <cpuid.h>
+#include <csetjmp>
+#include <csignal>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -48,7 +49,7 @@ bool request_amx_permission() {
 }
 
 bool has_amx() {
-    return has_avx512_bf16() && has_amx_flags() && request_amx_permission() && amx::one_tile_trial();
+    return has_avx512_bf16() && has_amx_flags() && request_amx_permission() && survives(amx::one_tile_trial);
 }
 
 std::string names_of(const std::vector<Isa>& levels) {
@@ -61,9 +62,25 @@ std::string names_of(const std::vector<Isa>& levels) {
 
 }  // namespace
 
+bool survives(bool (*trial)()) {
+    static sigjmp_buf before;
+    struct sigaction leave {}, kept {};
+    leave.sa_handler = [](int) { siglongjmp(before, 1); };
+    if (sigaction(SIGILL, &leave, &kept) != 0) return false;
+    volatile bool passed = false;
+    if (sigsetjmp(before, 1) == 0) passed = trial();
+    sigaction(SIGILL, &kept, nullptr);
+    return passed;
+}
+
+// AMX is tried only where it is asked for: not where a lower level is forced.
 bool is_present(Isa isa) {
+    if (isa == Isa::amx) {
+        static const bool present = has_amx();
+        return present;
+    }
     static const std::array<bool, kIsaNames.size()> present{has_avx2(), has_avx_vnni(), has_avx512(),
-                                                            has_avx512_bf16(), has_amx()};
+                                                            has_avx512_bf16()};
     return present[static_cast<size_t>(isa)];
 }
 
@@ -88,18 +105,17 @@ Isa parse_isa(const std::string& wanted) {
 }
 
 Isa selected_isa() {
-    const auto present = present_levels();
-    if (present.empty()) {
+    if (!is_present(Isa::avx2)) {
         throw std::runtime_error("processor: no AVX2, wanted one of avx2, avx_vnni, avx512, avx512_bf16, amx");
     }
     const char* forced = std::getenv("CHATGLM_OV_ISA");
     if (forced == nullptr || *forced == '\0') {
-        return present.back();
+        return present_levels().back();
     }
     const Isa isa = parse_isa(forced);
     if (!is_present(isa)) {
         throw std::runtime_error("CHATGLM_OV_ISA: '" + std::string(forced) +
-                                 "' is not on this machine, wanted one of " + names_of(present));
+                                 "' is not on this machine, wanted one of " + names_of(present_levels()));
     }
     return isa;
 }

@@ -22,6 +22,9 @@ inline const char* name(Isa isa) {
     return kIsaNames[static_cast<size_t>(isa)];
 }
 
+// What `trial` returns; false where it meets an instruction that is not to be had (SIGILL). Not by two threads at once.
+bool survives(bool (*trial)());
+
 // Whether this processor and system run a level. AMX is tried with one tile, because flags do not tell of limits
 // that a virtual machine or the system sets.
 bool is_present(Isa isa);

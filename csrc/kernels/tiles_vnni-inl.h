@@ -75,7 +75,7 @@ template <typename Format, int kRows, int kPanels, int kPlanes>
 }
 
 // Panels whose blocks pass one after the other, and which are finished together: the codes of x of a block stay in the
-// first-level cache meanwhile.
+// first-level cache meanwhile, those of many rows in the second-level one.
 constexpr int64_t kPanelsTogether = 8;
 static_assert(kPanelsTogether % 2 == 0, "a gate lies beside what it multiplies");
 

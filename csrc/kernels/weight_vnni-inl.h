@@ -55,14 +55,14 @@ struct Int4 {
     static int64_t first_group(const PackedLayout& layout, int64_t block) {
         return block * (kActivationBlock / layout.group_size);
     }
-    // Two words of 16 bits, which a zero point and 256 times it meet: the sum has up to 23 bits.
+    // Two words of 16 bits, which a zero point and 128 times it meet: the sum has up to 23 bits.
     static int32_t correction(int32_t sum_of_x) {
-        const int32_t high = -sum_of_x >> 8, low = -sum_of_x & 255;
+        const int32_t high = -sum_of_x >> 7, low = -sum_of_x & 127;
         return high * 65536 + low;
     }
 
     struct Group {
-        Ints zero_points;  // each, below 128, beside 256 times itself, in words of 16 bits
+        Ints zero_points;  // each beside 128 times itself, in words of 16 bits
         Floats scales;
 
         // Those that are due so many bytes of codes later: short streams, which the processor does not find by itself.
@@ -76,7 +76,7 @@ struct Int4 {
         void load(const Weight& weight, int64_t panel, int64_t group, int piece) {
             const int64_t at = (panel * weight.groups + group) * kPanel + piece * kLanes;
             zero_points = widen_bytes(weight.zero_points + at);
-            zero_points |= zero_points << 24;
+            zero_points |= zero_points << 23;
             scales = widen_halves(weight.scales + at);
         }
         Ints start(int32_t correction) const { return multiply_words(zero_points, correction); }

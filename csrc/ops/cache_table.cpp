@@ -51,6 +51,12 @@ bool CacheTable::visit_attributes(ov::AttributeVisitor& visitor) {
 
 void CacheTable::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team&) const {
     const Columns columns{dim(inputs[1], 0), dim(inputs[1], 1), dim(inputs[2], 1), inputs[1].data<const int32_t>()};
+    OPENVINO_ASSERT(columns.past() >= 0 && dim(inputs[2], 0) == columns.rows, "CacheTable: ids of ",
+                    inputs[2].get_shape(), ", wanted ", columns.rows, " rows of at most ", columns.total);
+    for (size_t i = 3; i < inputs.size(); ++i) {
+        OPENVINO_ASSERT(static_cast<int64_t>(inputs[i].get_size()) == columns.rows, "CacheTable: input ", i, " of ",
+                        inputs[i].get_shape(), ", wanted one of each of ", columns.rows, " rows");
+    }
     const int64_t past_rows = dim(inputs[0], 0), past_slots = dim(inputs[0], 1);
     const bool empty = past_rows * past_slots == 0;
     const int32_t* past_table = empty ? nullptr : inputs[0].data<const int32_t>();

@@ -17,6 +17,8 @@ void FullyConnected::validate_and_infer_types() {
     });
     const int64_t padded = packed.panels() * kPanel;
     const int64_t most = activation == Activation::silu_gate ? padded / 2 : weight_.out_features;
+    OPENVINO_ASSERT(activation != Activation::silu_gate || packed.panels() % 2 == 0, "FullyConnected: ", packed.panels(),
+                    " panels of a gate and what it multiplies, wanted as many of one as of the other");
     OPENVINO_ASSERT(y_features_ > 0 && y_features_ <= most, "FullyConnected: y_features ", y_features_, ", wanted 1 to ",
                     most);
     OPENVINO_ASSERT(activation_bits_ == 8 || activation_bits_ == 16, "FullyConnected: activation_bits ",
@@ -59,7 +61,10 @@ void FullyConnected::run(ov::TensorVector& outputs, const ov::TensorVector& inpu
     epilogue.activation = parse_activation(activation_);
     epilogue.bias = bias_ ? inputs[2].data<const float>() : nullptr;
     if (residual_) {
-        epilogue.residual = inputs[static_cast<size_t>(2 + bias_)].data<const float>();
+        const ov::Tensor& residual = inputs[static_cast<size_t>(2 + bias_)];
+        OPENVINO_ASSERT(static_cast<int64_t>(residual.get_size()) == rows * y_features_, "FullyConnected: a residual of ",
+                        residual.get_shape(), ", wanted ", rows, " rows of ", y_features_);
+        epilogue.residual = residual.data<const float>();
         epilogue.residual_stride = y_features_;
         epilogue.residual_scale = residual_scale_;
     }

@@ -40,6 +40,24 @@ bool MultiHeadAttention::visit_attributes(ov::AttributeVisitor& visitor) {
     return Operation::visit_attributes(visitor);
 }
 
+// What a graph that was changed, or an input that is wrong, would have the kernels read and write out of bounds.
+void MultiHeadAttention::check_shapes(const ov::TensorVector& inputs) const {
+    const ov::Shape &qkv = inputs[kQkv].get_shape(), &cos = inputs[kCos].get_shape();
+    const int64_t features = (num_attention_heads_ + 2 * num_key_value_heads_) * head_dim_;
+    const ov::Shape of_tokens{qkv[0], qkv[1]};
+    OPENVINO_ASSERT(static_cast<int64_t>(qkv[2]) == features, "MultiHeadAttention: qkv of ", qkv, ", wanted ", features,
+                    " features");
+    OPENVINO_ASSERT(cos.size() == 3 && cos[0] == qkv[0] && cos[1] == qkv[1] && inputs[kSin].get_shape() == cos &&
+                        2 * static_cast<int64_t>(cos[2]) <= head_dim_,
+                    "MultiHeadAttention: angles of ", cos, " and ", inputs[kSin].get_shape(), ", wanted those of ",
+                    of_tokens, " tokens and at most ", head_dim_ / 2, " each");
+    OPENVINO_ASSERT(inputs[kTable].get_shape()[0] == qkv[0] && inputs[kSlots].get_shape() == of_tokens &&
+                        inputs[kVisible].get_shape() == of_tokens,
+                    "MultiHeadAttention: table, slots and visible slots of ", inputs[kTable].get_shape(), ", ",
+                    inputs[kSlots].get_shape(), " and ", inputs[kVisible].get_shape(), ", wanted those of ", of_tokens,
+                    " tokens");
+}
+
 void MultiHeadAttention::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const {
     const ov::Tensor& cache = inputs[kCache];
     // The plugin hands out the state's own buffer; the self-test at load makes sure of it.
@@ -48,6 +66,7 @@ void MultiHeadAttention::run(ov::TensorVector& outputs, const ov::TensorVector& 
         memory = outputs[1].data<uint8_t>();
         std::memcpy(memory, cache.data(), cache.get_byte_size());
     }
+    check_shapes(inputs);
     AttentionCall call{};
     call.layout = cache_layout(num_key_value_heads_, head_dim_, dim(cache, 3));
     call.num_attention_heads = num_attention_heads_;

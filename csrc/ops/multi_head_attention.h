@@ -26,6 +26,9 @@ public:
     bool visit_attributes(ov::AttributeVisitor& visitor) override;
     ov::PartialShape output_shape(ov::PartialShape qkv, const KnownNumber&) const override;
     void run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const override;
+
+private:
+    void check_shapes(const ov::TensorVector& inputs) const;
 };
 
 }  // namespace chatglm

@@ -25,7 +25,6 @@ public:
 
     const Blocks& blocks() const { return blocks_; }
     int64_t planes() const { return planes_; }
-    int64_t unit_rows() const { return unit_rows_; }
     int64_t padded_rows() const { return padded_rows_; }
     int64_t units() const { return padded_rows_ / unit_rows_; }
     int64_t tile_bytes() const { return padded_rows_ * blocks_.padded_in * planes_; }

@@ -1,4 +1,4 @@
-// AMX tiles: the nine instructions that the kernels use, and what names the level that is compiled.
+// AMX tiles: the eight instructions that the kernels use, and what names the level that is compiled.
 //
 // The kernels of this folder are compiled twice: as level `amx`, and with CHATGLM_AMX_EMULATED as `amx_emulated`, where
 // tiles_emulated.h computes what the instructions do. The second serves tests on machines without AMX.

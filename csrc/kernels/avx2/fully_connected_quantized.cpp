@@ -1,7 +1,7 @@
 // FullyConnected for int8 and int4 weights without VNNI: codes widened to 16 bits times the 16-bit integers of x.
 //
 // vpmaddwd adds two neighbours of K into an int32 sum. The products are as large as 255 * 32639 a column; sums of
-// code - zero_point stay below 2^31: 512 * 127 * 32639 (int8), 128 * 255 * 32639 (int4). Sums of bare codes may wrap
+// code - zero_point stay below 2^31: 512 * 128 * 32639 (int8), 128 * 255 * 32639 (int4). Sums of bare codes may wrap
 // around on the way, which the exact difference undoes.
 //
 // Few rows: codes are widened in registers, one panel at a time, so that a thread reads one stream. More rows: the
@@ -50,12 +50,6 @@ int64_t prepared_bytes(const PackedLayout& layout, int64_t rows, int) {
     return Prepared(nullptr, layout, rows).bytes;
 }
 
-int32_t total_of(const int16_t* q, int64_t count) {
-    int32_t total = 0;
-    for (int64_t k = 0; k < count; ++k) total += q[k];
-    return total;
-}
-
 void prepare(const PackedLayout& layout, int64_t rows, int activation_bits, const float* x, int64_t x_stride,
              int64_t begin, int64_t end, void* prepared) {
     const Prepared out(prepared, layout, rows);
@@ -67,7 +61,7 @@ void prepare(const PackedLayout& layout, int64_t rows, int activation_bits, cons
             out.scales[block * rows + row] =
                 quantize_block(x + row * x_stride + start, count, columns, activation_bits, q);
             for (int64_t k = 0; k < columns; k += out.group) {
-                out.totals[(start + k) / out.group * rows + row] = total_of(q + k, std::min(out.group, columns - k));
+                out.totals[(start + k) / out.group * rows + row] = sum_codes(q + k, std::min(out.group, columns - k));
             }
         }
     }
