@@ -37,11 +37,13 @@ from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.finished_folder import check_disk, finished_or_nothing
 from chatglm_ov.lora import with_lora
 from chatglm_ov.lowering import Lowering
+from chatglm_ov.memory import available
 from chatglm_ov.model_weights import model_weights
 from chatglm_ov.models import architecture
 from chatglm_ov.native import check_forced_level, native, unavailable
 from chatglm_ov.plan import Plan, make_plan
 from chatglm_ov.prequantized import CONFIG_FIELDS, open_checkpoint
+from chatglm_ov.sizes import size
 from chatglm_ov.tokenizer import save_tokenizer_files
 from chatglm_ov.trained_prefix import TrainedPrefix, has_prefix, read_prefix
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
@@ -113,6 +115,8 @@ def convert(
         plan = make_plan(config, weights, weight_formats, ops, choices, calibration, more_bytes)
         log.info("%s", plan)
         check_disk(target, plan.disk_bytes, ", ".join(plan.weight_formats))
+        if plan.memory_bytes > (free := available()):
+            log.warning("%s of memory are free: the system may end the conversion", size(free))
         sequences = _sequences(source, config, calibration)
         with ExitStack() as stack:
             partial = stack.enter_context(finished_or_nothing(target.resolve(), overwrite))

@@ -11,10 +11,10 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 import openvino as ov
-import psutil
 
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.lowering.fused import BEAM_TABLE, CACHE
+from chatglm_ov.memory import available
 from chatglm_ov.sizes import size
 
 BLOCK_SLOTS = 32
@@ -219,7 +219,7 @@ class BlockCache:
         wanted = len(self._layers) * self.layout.nbytes(rows, blocks)
         # A layer is there twice while it gets its memory.
         needed = wanted - self.nbytes + self.layout.nbytes(rows, blocks)
-        free = psutil.virtual_memory().available
+        free = available()
         if needed > free:
             shape = f"{rows} rows of {blocks * BLOCK_SLOTS} slots in {self.layout.element_type}"
             raise ChatGLMError("KV cache", "free memory", size(free), f"{size(needed)} more, for {shape}")

@@ -1,11 +1,12 @@
-"""The memory of this process."""
+"""The memory of this process, and what is left for it."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -15,6 +16,43 @@ def memory() -> tuple[int, int]:
     weights, which the system can drop and share; where it does not tell them apart, both are the same."""
     info = psutil.Process().memory_info()
     return info.rss, info.rss - getattr(info, "shared", 0)
+
+
+def available(root: Path = Path("/")) -> int:
+    """Bytes that this process can still take: of the machine, or of the container or slice that it runs in, which ends
+    it for more. `root`: where the system's files are."""
+    return min([psutil.virtual_memory().available, *_left_of_groups(root)])
+
+
+# Of control groups, version 2 and 1: the controller by which /proc names the group of a process, where groups are, the
+# files with their limit and what is used of it, and in memory.stat what of that are files, which the system can drop
+# unless they are in memory only.
+_GROUPS = (
+    ("", "sys/fs/cgroup", "memory.max", "memory.current", "file", "shmem"),
+    ("memory", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
+)
+
+
+def _left_of_groups(root: Path) -> Iterator[int]:
+    """Of each group that this process is in, and those around it, as far as they can be seen and have a limit."""
+    with suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            for controller, place, *names in _GROUPS:
+                if controller not in controllers.split(","):
+                    continue
+                group = Path(name.lstrip("/"))
+                for parent in (group, *group.parents):
+                    # In a container the name may be one that only the system outside knows.
+                    with suppress(OSError, ValueError):
+                        yield _left(root / place / parent, *names)
+
+
+def _left(group: Path, limit: str, used: str, files: str, in_memory: str) -> int:
+    """Raises ValueError where there is no limit ("max")."""
+    free = int((group / limit).read_text()) - int((group / used).read_text())
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return max(0, free + int(stat.get(files, 0)) - int(stat.get(in_memory, 0)))
 
 
 @dataclass

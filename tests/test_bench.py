@@ -11,7 +11,6 @@ import sys
 from itertools import chain
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -239,8 +238,7 @@ def test_models_are_loaded_together_where_they_fit_with_their_caches(
     monkeypatch.setattr(session, "run_rounds", counted)
     for lacking in (None, 0, 1):
         if lacking is not None:
-            memory = SimpleNamespace(available=needed[0] - lacking)
-            monkeypatch.setattr(session, "psutil", SimpleNamespace(virtual_memory=lambda memory=memory: memory))
+            monkeypatch.setattr(session, "available", lambda free=needed[0] - lacking: free)
         measured(run, tmp_path, DEMO, "--compare", "stock", "--weight-format", "int8", *FEW, "--batch", 2)
     assert groups == [1, 1, 3]
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from tqdm import tqdm
 
 from chatglm_ov.bench.limits import Limits
@@ -16,6 +15,7 @@ from chatglm_ov.bench.models import Source, check_disk, converted
 from chatglm_ov.bench.report import format_report
 from chatglm_ov.bench.work import cache_bytes
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.memory import available
 from chatglm_ov.native import native, unavailable
 from chatglm_ov.sizes import size
 
@@ -113,11 +113,11 @@ class Session:
 
     def _fit_together(self, variants: Sequence[Variant], folders: dict[str, Path]) -> bool:
         """Whether the models can be in memory all at once."""
-        return sum(self._needed(variant, folders) for variant in variants) <= psutil.virtual_memory().available
+        return sum(self._needed(variant, folders) for variant in variants) <= available()
 
     def _too_large(self, variants: Sequence[Variant], folders: dict[str, Path]) -> Iterator[tuple[Variant, str]]:
         """Rivals for which there is not enough memory, and why."""
-        free = psutil.virtual_memory().available
+        free = available()
         for variant in variants:
             needed = self._needed(variant, folders)
             if variant.hint is not None and free < needed:

@@ -12,6 +12,7 @@ import numpy as np
 import openvino as ov
 import psutil
 
+from chatglm_ov.memory import available
 from chatglm_ov.native import library_path, native, unavailable
 from chatglm_ov.runtime import core
 
@@ -88,7 +89,7 @@ def machine() -> dict[str, Any]:
         "physical_cores": psutil.cpu_count(logical=False),
         "usable_processors": _usable_processors(),
         "memory_bytes": memory.total,
-        "memory_available_bytes": memory.available,
+        "memory_available_bytes": available(),
         "isa": None if flags is None else isa_of(flags),
         "fused_operations": fused_operations(),
         "openvino": ov.get_version(),
