@@ -7,6 +7,7 @@ definition does not cover, is an error that names the field.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -296,7 +297,9 @@ def read_config_json(folder: Path | str) -> dict[str, Any]:
     """The raw contents of `folder/config.json`."""
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
-        raise ChatGLMError(folder, "folder", "missing", "a folder with config.json")
+        # A name as hubs have them: nothing is fetched here.
+        download = " (download it first)" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) else ""
+        raise ChatGLMError(folder, "folder", "missing", f"a folder with config.json{download}")
     if not path.exists():
         raise ChatGLMError(folder, "config.json", "missing", "a file")
     return read_json_object(path)

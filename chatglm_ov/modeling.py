@@ -91,13 +91,15 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         properties: dict[str, Any] | None = None,
         kv_cache_format: str | None = None,
         activation_bits: int = 16,
+        trust_remote_code: bool = False,
     ) -> OVChatGLMForCausalLM:
         """Open a converted folder.
 
         `weight_format` None: int8 if it is there, else bf16, else the first. `inference_precision` ("f32",
         "bf16") None: what the device prefers. `properties`: further OpenVINO properties. `kv_cache_format` ("f32",
         "bf16", "int8") None: f32 if the inference precision is, else bf16. `activation_bits` 8: faster prompts,
-        less exact, with int8 and int4 weights of a folder with fused operations.
+        less exact, with int8 and int4 weights of a folder with fused operations. `trust_remote_code` is there for code
+        that was written for the originals: nothing in a folder is executed either way.
         """
         compiled = load_model(
             folder, weight_format, inference_precision, device, properties, kv_cache_format, activation_bits

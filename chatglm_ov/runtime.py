@@ -127,7 +127,8 @@ def _converted_config(folder: Path) -> ArchitectureConfig:
     version = marker.get("format_version") if isinstance(marker, dict) else None
     if version != FORMAT_VERSION:
         seen = "missing (a checkpoint, not converted)" if version is None else version
-        raise ChatGLMError(folder / "config.json", "chatglm_ov.format_version", seen, FORMAT_VERSION)
+        wanted = f"{FORMAT_VERSION}: convert it with this version (chatglm-ov convert)"
+        raise ChatGLMError(folder / "config.json", "chatglm_ov.format_version", seen, wanted)
     return config
 
 

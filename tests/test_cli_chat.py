@@ -189,6 +189,8 @@ def test_an_answer_that_is_cut_says_so(converted: Path, command: str) -> None:
     name, *raw = command.split()
     prompt = ("--prompt", "床前明月光") if name == "generate" else ()
     terminal = Terminal(name, converted, "--max-new-tokens", 5, *EXACT, *raw, *prompt)
+    terminal.read_until(f"{converted}: f32, f32 cache, " if name == "chat" else "[f32, f32 cache, ")
+    assert re.search(r"^\d+ threads, (fused|stock) operations", terminal.read_until("operations"))
     if name == "chat":
         terminal.read_until("> ")
         terminal.type("床前明月光\r")

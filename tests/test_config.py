@@ -271,6 +271,8 @@ def test_unreadable_file_is_named(contents, message, tmp_path: Path):
 def test_missing_folder_is_named(tmp_path: Path):
     with pytest.raises(ChatGLMError, match=r"nowhere: folder is missing, expected a folder with config\.json"):
         read_config_json(tmp_path / "nowhere")
+    with pytest.raises(ChatGLMError, match=r"expected a folder with config\.json \(download it first\)"):
+        read_config_json("THUDM/chatglm3-6b")
 
 
 scalars = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=9)

@@ -276,7 +276,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_weight_format_is_chosen(folder):
-    assert OVChatGLMForCausalLM.from_pretrained(folder).compiled.weight_format == "bf16"
+    assert OVChatGLMForCausalLM.from_pretrained(folder, trust_remote_code=True).compiled.weight_format == "bf16"
     assert OVChatGLMForCausalLM.from_pretrained(folder, "f32").compiled.weight_format == "f32"
     with pytest.raises(ChatGLMError, match="weight_format is 'int4', expected one of"):
         OVChatGLMForCausalLM.from_pretrained(folder, "int4")

@@ -20,6 +20,7 @@ from chatglm_ov.generation.chat import as_list
 from chatglm_ov.generation.stop_strings import StopStrings
 from chatglm_ov.generation.timing import Stopwatch, Timing
 from chatglm_ov.modeling import OVChatGLMForCausalLM
+from chatglm_ov.native import native, unavailable
 from chatglm_ov.tokenizer import TextStream, load_tokenizer
 
 DEFAULT_NEW_TOKENS = 512
@@ -45,6 +46,18 @@ def open_model(folder: Path, weight_format: str | None, **options: Any) -> tuple
     model = OVChatGLMForCausalLM.from_pretrained(folder, weight_format, **options)
     model.compiled.warm_up()
     return model, load_tokenizer(folder)
+
+
+def running(model: Any) -> str:
+    """What answers: weights, operations, cache and threads, in a line."""
+    compiled = model.compiled
+    if compiled.ops == "fused":
+        operations = f"fused operations ({native().isa()})"
+    else:
+        faster = unavailable() is None and "CPU" in compiled.compiled.get_property("EXECUTION_DEVICES")
+        operations = "stock operations" + ", though fused ones can run here: convert without --ops stock" * faster
+    threads = compiled.compiled.get_property("INFERENCE_NUM_THREADS")
+    return f"{compiled.weight_format}, {compiled.kv_cache_format} cache, {threads} threads, {operations}"
 
 
 def assistant_options(folder: Path | None) -> dict[str, Any]:

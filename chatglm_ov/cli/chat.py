@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     options = generation_options(arguments)
 
-    from chatglm_ov.cli.answer import PromptBar, assistant_options, open_model
+    from chatglm_ov.cli.answer import PromptBar, assistant_options, open_model, running
 
     model, tokenizer = open_model(arguments.folder, **model_options(arguments))
     options |= {"prompt_progress": PromptBar(), **assistant_options(arguments.assistant)}
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  line editing for input(), where the system has it
     if sys.stdin.isatty():
-        print(f"{arguments.folder}, {model.compiled.weight_format}. /help shows the commands.")
+        print(f"{arguments.folder}: {running(model)}. /help shows the commands.")
     while (line := read_line()) is not None:
         if not conversation.take(line):
             return

@@ -39,10 +39,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ChatGLMError("--num-beams", "value", arguments.num_beams, "1 with --prompt-lookup and --assistant")
     options = generation_options(arguments) | {"num_beams": arguments.num_beams}
 
-    from chatglm_ov.cli.answer import PromptBar, ask, assistant_options, complete, open_model
+    from chatglm_ov.cli.answer import PromptBar, ask, assistant_options, complete, open_model, running
     from chatglm_ov.cli.printing import TextPrinter
 
     model, tokenizer = open_model(arguments.folder, **model_options(arguments))
+    if sys.stderr.isatty():
+        print(f"[{running(model)}]", file=sys.stderr, flush=True)
     options |= {"prompt_progress": PromptBar(), **assistant_options(arguments.assistant)}
     answer_to = complete if arguments.raw else ask
     for prompt in arguments.prompt:
