@@ -1,5 +1,4 @@
 // The emulation of AMX tiles, for the tests of what the tests of the kernels rest on.
-#include <cstring>
 
 #include "bindings.h"
 #include "kernels/amx/tiles_emulated.h"

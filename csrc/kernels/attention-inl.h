@@ -26,8 +26,6 @@ constexpr int64_t kStepSlots = 256;                // scores of a step stay in t
 constexpr int64_t kStepStride = kStepSlots + 16;   // rows a power of two apart would share cache sets
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-typedef int16_t Shorts __attribute__((vector_size(kLanes * 2)));
-
 // Even and odd ones of 2 kLanes elements.
 inline void widen(const float* line, Floats& even, Floats& odd) {
     const Floats low = load(line), high = load(line + kLanes);

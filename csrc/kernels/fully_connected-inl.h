@@ -15,8 +15,6 @@ namespace {
 
 constexpr int kLineBytes = 64;
 
-typedef int16_t Shorts __attribute__((vector_size(kLanes * 2)));
-
 inline int64_t activation_blocks(const PackedLayout& layout) {
     return (layout.padded_in() + kActivationBlock - 1) / kActivationBlock;
 }
@@ -102,16 +100,6 @@ inline __m512i load_words(const int16_t* q) {
     return _mm512_maskz_inserti64x4(kAllQuads, _mm512_castsi256_si512(low), high, 1);
 }
 #endif
-
-// How far ahead of where a stream of weights is read it is prefetched into the first-level cache, measured: each line
-// holds a miss buffer until it comes, and those run out from 512 bytes on.
-constexpr int kNearBytes = 384;
-
-// Further ahead the processor's own prefetcher brings the streams.
-// Inlined at once: a call of a function that only prefetches is removed by GCC 12 as one without effect.
-[[gnu::always_inline]] inline void prefetch_near(const uint8_t* line) {
-    _mm_prefetch(line + kNearBytes, _MM_HINT_T0);
-}
 
 // Lines of the block that is next, brought into the first-level cache while all tiles of rows pass over this one, each
 // its part of them: so what the memory needs for a block is hidden behind the products of all rows, not of the first

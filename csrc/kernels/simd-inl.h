@@ -23,6 +23,7 @@ constexpr int kLanes = 8;
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef int16_t Shorts __attribute__((vector_size(kLanes * 2)));
 
 inline Floats load(const float* p) {
     Floats v;

@@ -4,6 +4,7 @@
 // Included by kernels/fully_connected_vnni-inl.h only; everything here has internal linkage, see simd-inl.h.
 #pragma once
 
+#include "kernels/epilogue-inl.h"
 #include "kernels/memory.h"
 #include "kernels/products_vnni-inl.h"
 

@@ -5,8 +5,6 @@
 // of 64 bytes, 16 output features, is kPieces registers of kLanes features each.
 #pragma once
 
-#include <cstring>
-
 #include "kernels/fully_connected-inl.h"
 
 namespace chatglm {

@@ -3,7 +3,6 @@
 // Included by kernels/fully_connected_vnni-inl.h only; everything here has internal linkage, see simd-inl.h.
 #pragma once
 
-#include "kernels/epilogue-inl.h"
 #include "kernels/fully_connected-inl.h"
 #include "kernels/vnni-inl.h"
 
