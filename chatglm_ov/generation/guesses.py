@@ -15,10 +15,10 @@ from chatglm_ov.generation.cache import CACHE_NAME
 LONGEST_NGRAM = 3
 """Tokens at the end of a text that are looked for in it: rarely are more needed to tell a place."""
 
-CHECK_COST, FREE_CHECKS, BUSY_COST = 0.02, 2, 0.2
-"""What checking one more token costs, in single steps, and what it costs on top from the third one on: decoding waits
-for the weights, which are read once for all tokens of a call, until there is more to compute than that (measured with
-int8: 1.04 steps for 3 tokens, 1.53 for 6, 2.75 for 11)."""
+CHECK_COST, FREE_CHECKS, BUSY_COST = 0.02, 4, 0.15
+"""What checking one more token costs, in single steps, and what it costs on top from the fifth one on: decoding waits
+for the weights, read once for all tokens of a call, until there is more to compute than that (measured at 50 and
+70 GB/s: 1.05 and 1.20 steps for 6 tokens, 1.15 and 1.53 for 11 with int8; 1.35 and 2.02, 2.03 and 2.96 with int4)."""
 
 
 class Guesses(Protocol):
