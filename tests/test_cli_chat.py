@@ -151,9 +151,13 @@ class Terminal:
         before, found, self._seen = self._seen.partition(mark.encode())
         return (before + found).decode(errors="replace")
 
-    def read_more(self) -> None:
-        """Waits for anything new."""
-        assert self._seen or select.select([self._end], [], [], 90)[0]
+    def read_some(self, count: int, seconds: float = 90) -> None:
+        """Waits for so many new bytes."""
+        end = time.monotonic() + seconds
+        while len(self._seen) < count:
+            assert time.monotonic() < end, self._seen.decode(errors="replace")
+            if select.select([self._end], [], [], 0.1)[0]:
+                self._seen += os.read(self._end, 4096)
 
     def exit_code(self) -> int:
         return self._process.wait(30)
@@ -171,7 +175,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(converted: Path) -> None:
     assert "/help shows the commands" in terminal.read_until("> ")
     terminal.type("Write a function.\r")
     terminal.read_until("function.\r\n")
-    terminal.read_more()
+    # Of the answer: before it, what is typed may still go to the line that was read.
+    terminal.read_some(20)
     started = time.monotonic()
     terminal.type("\x03")
     terminal.read_until("[stopped]")

@@ -111,8 +111,10 @@ def ask(model: Any, tokenizer: Any, query: str, show: Show | None = None, **opti
     else:
         for response, history in model.stream_chat(tokenizer, query, history=[], **options):
             show(as_text(response, history))
-    ends = model.stop_ids(chat_format_for(tokenizer), tokenizer, options)
-    cut = cut_short(model, watch, options["max_new_tokens"], ends)
+    cut = ""
+    if isinstance(model, OVChatGLMForCausalLM):  # not where the original answers, for comparison
+        ends = model.stop_ids(chat_format_for(tokenizer), tokenizer, options)
+        cut = cut_short(model, watch, options["max_new_tokens"], ends)
     return Answer(as_text(response, history), watch.timing, figures(watch.timing, model), cut)
 
 
