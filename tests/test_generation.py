@@ -110,6 +110,16 @@ def test_a_pad_id_inside_the_prompt_is_a_token(golden, open_model):
 
 
 @each_golden
+def test_padding_on_the_right_is_refused(golden, open_model):
+    """The next token would follow padding. In the first generation the last one of a prompt must be seen anyway."""
+    model, ids = open_model(golden), golden.tensor("p17_input_ids")
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    with pytest.raises(ChatGLMError, match=r"attention_mask: last column is padding|<sop> is missing"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=2)
+
+
+@each_golden
 def test_finished_rows_are_filled_with_the_pad_id(golden, open_either_model):
     model, given = open_either_model(golden), model_inputs(golden, "batch")
     greedy = golden.tensor("batch_generate")

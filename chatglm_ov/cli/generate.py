@@ -53,5 +53,5 @@ def run(arguments: argparse.Namespace) -> None:
         answer = answer_to(model, tokenizer, prompt, show, **options)
         printer.finish(answer.text)
         print(f"[{answer.figures}]", file=sys.stderr, flush=True)
-        if answer.cut and sys.stderr.isatty():
+        if answer.cut and arguments.num_beams == 1 and sys.stderr.isatty():
             print(f"[{answer.cut}]", file=sys.stderr, flush=True)
