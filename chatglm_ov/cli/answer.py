@@ -125,12 +125,11 @@ def complete(model: Any, tokenizer: Any, prompt: str, show: Show | None = None, 
     length = inputs["input_ids"].shape[1]
     room = getattr(model.config, "max_position_embeddings", length + DEFAULT_NEW_TOKENS) - length
     options = {"max_new_tokens": max(1, min(DEFAULT_NEW_TOKENS, room)), **options}
-    stops = StopStrings(options.get("stop_strings"))
-    if stops:
-        options["tokenizer"] = tokenizer
+    stops = StopStrings(options.pop("stop_strings", None))
+    criteria = StoppingCriteriaList([watch, *stops.criteria(tokenizer, length)])
     if show is not None:
         options["streamer"] = GrowingText(tokenizer, lambda text: show(stops.certain(text)))
-    ids = model.generate(**inputs, stopping_criteria=StoppingCriteriaList([watch]), **options)[0, length:]
+    ids = model.generate(**inputs, stopping_criteria=criteria, **options)[0, length:]
     text = stops.cut(tokenizer.decode(ids, skip_special_tokens=True))
     cut = cut_short(model, watch, options["max_new_tokens"], as_list(model.generation_config.eos_token_id))
     return Answer(text, watch.timing, figures(watch.timing, model), cut)

@@ -7,6 +7,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from transformers import StoppingCriteriaList
 
 from chatglm_ov.chat import ChatFormat, chat_format_for
 from chatglm_ov.errors import ChatGLMError
@@ -92,8 +93,9 @@ def _settings(chat: ChatFormat, tokenizer: Any, prompt: int, options: dict[str, 
     settings = {**chat.defaults.as_dict(), "reuse_cache": True, "eos_token_id": chat.stop_token_ids(tokenizer), **given}
     if not settings["do_sample"]:
         settings |= {name: given.get(name, 1.0) for name in ("top_p", "temperature")}
-    if StopStrings(given.get("stop_strings")):
-        settings["tokenizer"] = tokenizer
+    ends = StopStrings(settings.pop("stop_strings", None)).criteria(tokenizer, prompt)
+    if ends:
+        settings["stopping_criteria"] = StoppingCriteriaList([*given.get("stopping_criteria", ()), *ends])
     if "max_new_tokens" in given:
         settings["max_length"] = prompt + given["max_new_tokens"]
     limit = getattr(config, "max_position_embeddings", None) or settings["max_length"]
