@@ -17,6 +17,7 @@ from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert, load_tokeniz
 from chatglm_ov.chat import chat_format_for
 from chatglm_ov.generation.chat import _settings
 from chatglm_ov.generation.stream import stream_tokens
+from chatglm_ov.generation.timing import Stopwatch
 
 pytestmark = pytest.mark.transformers_matrix
 
@@ -124,19 +125,23 @@ def test_stop_token_ends_the_answer_and_is_not_in_it(case):
 
 
 def test_stop_strings_end_the_answer_and_are_not_in_it(case):
-    """Whole and streamed; no item of the stream has the beginning of one."""
+    """Whole and streamed; no item of the stream has the beginning of one, and no more tokens are made than it takes."""
+    cut = []
     for entry in case.entries:
-        asked = {**greedy(entry), "eos_token_id": -1}
-        whole = case.model.chat(case.tokenizer, **asked)[0]
+        asked, whole_watch = {**greedy(entry), "eos_token_id": -1}, Stopwatch()
+        whole = case.model.chat(case.tokenizer, **asked, stopping_criteria=[whole_watch])[0]
         if not isinstance(whole, str) or len(whole) < 6:
             continue
         stop = whole[len(whole) // 2 :][:2]
         kept = whole[: whole.index(stop)]
         for stops in (stop, ["absent", stop]):
-            answer, _ = case.model.chat(case.tokenizer, **asked, stop_strings=stops)
-            assert answer.strip() == kept.strip()
+            watch = Stopwatch()
+            answer, _ = case.model.chat(case.tokenizer, **asked, stop_strings=stops, stopping_criteria=[watch])
+            assert answer.strip() == kept.strip() and watch.length < whole_watch.length
             told = [told for told, _ in case.model.stream_chat(case.tokenizer, **asked, stop_strings=stops)]
             assert told[-1] == answer and all(answer.startswith(part.strip()) for part in told)
+            cut.append(answer)
+    assert cut
     with pytest.raises(ChatGLMError, match="stop_strings: value is ''"):
         case.model.chat(case.tokenizer, "问", stop_strings="")
 

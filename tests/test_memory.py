@@ -1,89 +1,87 @@
-"""What is left of the memory, in a container too."""
+"""What conversion and loading cost in anonymous memory."""
 
 from __future__ import annotations
 
-import logging
+import json
+import subprocess
+import sys
+import time
+from math import prod
 from pathlib import Path
 
-import psutil
 import pytest
-from golden_sets import GOLDENS
+from golden_cases import OPS, V2
 
-from chatglm_ov import conversion, convert
-from chatglm_ov.memory import available
+from chatglm_ov.config import parse_config
+from chatglm_ov.memory import growth, memory
+from chatglm_ov.models import architecture
+from chatglm_ov.presets import config_json
+from chatglm_ov.weights.store import BLOCK_BYTES
 
-MACHINE = 8_000_000
-VERSION_1 = {
-    "limit": "memory.limit_in_bytes",
-    "used": "memory.usage_in_bytes",
-    "files": "total_cache",
-    "shm": "total_shmem",
-}
-VERSION_2 = {"limit": "memory.max", "used": "memory.current", "files": "file", "shm": "shmem"}
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mapped files are told apart on Linux")
 
-
-@pytest.fixture(autouse=True)
-def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = psutil.virtual_memory()
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=MACHINE))
+FORMATS = ("bf16", "int8", "int4")
+SIZES = {"hidden_size": 2048, "num_attention_heads": 16, "ffn_hidden_size": 6144, "padded_vocab_size": 32768}
 
 
-def group(folder: Path, names: dict[str, str], limit: object, used: int, files: int = 0, shm: int = 0) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / names["limit"]).write_text(f"{limit}\n")
-    (folder / names["used"]).write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 1\n{names['files']} {files}\n{names['shm']} {shm}\n")
+def write_sparse_checkpoint(folder: Path) -> int:
+    """A 363 MB checkpoint of zeros that takes no room on disk. Returns the bytes of its largest tensor as float32."""
+    fields = config_json("chatglm3-6b", num_layers=1, seq_length=512, **SIZES)
+    config, header, end = parse_config(fields), {}, 0
+    for name, shape in architecture(config).weight_shapes(config).items():
+        begin, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields))
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return 4 * max(prod(entry["shape"]) for entry in header.values())
 
 
-def in_groups(root: Path, lines: str) -> None:
-    (root / "proc/self").mkdir(parents=True)
-    (root / "proc/self/cgroup").write_text(lines)
+@pytest.fixture(scope="module", params=OPS)
+def ops(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def test_without_groups(tmp_path: Path) -> None:
-    assert available(tmp_path) == MACHINE
-    in_groups(tmp_path, "0::/user.slice\n")
-    assert available(tmp_path) == MACHINE
+@pytest.fixture(scope="module")
+def measured(ops: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    tmp = tmp_path_factory.mktemp("memory")
+    # Encoded in one piece it would take four times this, far above the bound below.
+    assert write_sparse_checkpoint(tmp / "checkpoint") >= 4 * BLOCK_BYTES
+    script = Path(__file__).parent / "memory_growth.py"
+    command = [sys.executable, script, tmp / "checkpoint", V2.checkpoint, tmp, ops, *FORMATS]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def test_files_of_a_group_can_be_dropped(tmp_path: Path) -> None:
-    in_groups(tmp_path, "0::/\n")
-    group(tmp_path / "sys/fs/cgroup", VERSION_2, 5_000_000, 3_000_000, files=900_000, shm=100_000)
-    assert available(tmp_path) == 2_800_000
+@pytest.mark.parametrize("name", FORMATS)
+def test_conversion_holds_a_few_blocks(name, measured):
+    """In float32: the block, its quotient by the scale, that rounded, that with the zero point; as bytes, which is
+    less than another block: the mask of finite values, and the levels of this block and of the last one."""
+    assert measured[name]["convert"] < 5 * BLOCK_BYTES
 
 
-def test_the_smallest_of_all_groups_around(tmp_path: Path) -> None:
-    in_groups(tmp_path, "0::/outer/inner\n")
-    place = tmp_path / "sys/fs/cgroup"
-    group(place / "outer/inner", VERSION_2, "max", 3_000_000)
-    group(place / "outer", VERSION_2, 5_000_000, 4_000_000)
-    assert available(tmp_path) == 1_000_000
-    group(place / "outer/inner", VERSION_2, 3_500_000, 3_600_000)
-    assert available(tmp_path) == 0
+@pytest.mark.parametrize("precision", ["f32", None])
+@pytest.mark.parametrize("name", FORMATS)
+def test_loaded_weights_stay_compressed(name, precision, ops, measured):
+    """The plugin packs each linear weight once, at its stored size; the embedding stays in the mapped file. Had it
+    expanded them, they would take 2 to 8 times as much, and the table too. Fused operations copy no weight."""
+    bound = measured[name]["bin"] / (10 if ops == "fused" else 1)
+    assert measured[name][f"load {precision}"] < bound
 
 
-@pytest.mark.parametrize("name", ["/", "/docker/0123"])
-def test_version_1(tmp_path: Path, name: str) -> None:
-    """In a container the name is the one outside, where nothing can be seen; the limit is at the top."""
-    in_groups(tmp_path, f"12:pids:/x\n5:cpu,memory:{name}\n1:name=systemd:/\n")
-    group(tmp_path / "sys/fs/cgroup/memory", VERSION_1, 4_000_000, 1_500_000, files=600_000, shm=200_000)
-    assert available(tmp_path) == 2_900_000
+def test_memory_grows_with_what_is_allocated() -> None:
+    before = memory()
+    block = bytearray(b"x" * (64 << 20))
+    after = memory()
+    assert len(block) == 64 << 20
+    assert all(60 << 20 < late - early < 140 << 20 for early, late in zip(before, after, strict=True))
 
 
-def test_no_limit_of_version_1_is_a_large_number(tmp_path: Path) -> None:
-    in_groups(tmp_path, "5:memory:/\n")
-    group(tmp_path / "sys/fs/cgroup/memory", VERSION_1, 9223372036854771712, 1_500_000)
-    assert available(tmp_path) == MACHINE
-
-
-def test_a_conversion_that_may_be_ended_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    checkpoint = next(golden.checkpoint for golden in GOLDENS if golden.folder.name == "v2_tiny")
-    for free, told in ((10**12, 0), (5_000_000, 1)):
-        monkeypatch.setattr(conversion, "available", lambda free=free: free)
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            convert(checkpoint, tmp_path / str(free), ("bf16",), ops="stock", progress=False)
-        warnings = [record.getMessage() for record in caplog.records]
-        assert warnings == ["5.00 MB of memory are free: the system may end the conversion"] * told
+def test_growth_is_the_most_that_was_there() -> None:
+    with growth() as grown:
+        block = bytearray(b"x" * (64 << 20))
+        time.sleep(0.05)
+        del block
+    assert 60 << 20 < grown.nbytes < 140 << 20
