@@ -57,8 +57,8 @@ def measured(ops: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_conversion_holds_a_few_blocks(name, measured):
-    """In float32: the block, its quotient by the scale, that rounded, that with the zero point; as bytes, which is
-    less than another block: the mask of finite values, and the levels of this block and of the last one."""
+    """Three as arrays: the block in float32, its levels, and, for a moment, their sizes or the levels as bytes. The
+    rest is what the allocator keeps, and pieces on their way to the file."""
     assert measured[name]["convert"] < 5 * BLOCK_BYTES
 
 

@@ -97,7 +97,8 @@ def _encode_int8(block: np.ndarray) -> tuple[np.ndarray, ...]:
     """Symmetric, one scale a row: scale = max|w| / 127, so that the largest weight is exact."""
     scale = np.abs(block).max(axis=1, keepdims=True) / np.float32(127)
     scale[scale < SMALLEST_SCALE] = 1
-    return np.rint(block / scale).astype(np.int8), scale
+    levels = block / scale
+    return np.rint(levels, out=levels).astype(np.int8), scale
 
 
 def _int4_parts(widest_group: int, zero_point_bits: int, columns: int) -> tuple[Part, ...]:
@@ -118,7 +119,10 @@ def _encode_int4(widest_group: int, block: np.ndarray) -> tuple[np.ndarray, ...]
     scale = _float16_from((high - low) / np.float32(15))
     scale[scale == 0] = 1
     zero_point = np.rint(-low / scale)
-    levels = np.clip(np.rint(groups / scale) + zero_point, 0, 15)
+    levels = groups / scale
+    np.rint(levels, out=levels)
+    levels += zero_point
+    np.clip(levels, 0, 15, out=levels)
     return levels.astype(np.uint8), zero_point.astype(np.uint8), scale
 
 
@@ -132,7 +136,7 @@ def _float16_from(values: np.ndarray) -> np.ndarray:
 
 def pack_u4(values: np.ndarray) -> np.ndarray:
     """Two values 0..15 a byte, the earlier one in the low nibble; an odd last one stands alone."""
-    flat = values.astype(np.uint8).ravel()
+    flat = values.astype(np.uint8, copy=False).ravel()
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))
     return flat[0::2] | (flat[1::2] << 4)
