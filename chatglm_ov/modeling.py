@@ -18,6 +18,7 @@ from chatglm_ov.generation.chat import ChatMixin
 from chatglm_ov.generation.inputs import Step, pieces, prepare
 from chatglm_ov.generation.mixin import StatefulGenerationMixin
 from chatglm_ov.generation.speculative import Speculation
+from chatglm_ov.memory import give_back
 from chatglm_ov.runtime import load_model
 
 PromptProgress = Callable[[int, int], None]
@@ -162,6 +163,15 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         handle = cache if use_cache is not False else None
         output = CausalLMOutputWithPast(logits=torch.from_numpy(logits), **{CACHE_NAME: handle})  # type: ignore[arg-type]
         return output.to_tuple() if return_dict is False else output
+
+    def release_cache(self) -> None:
+        """Give the memory of the KV cache back to the system: by itself it stays for the next sequence, as large as the
+        largest so far. The next call begins a new sequence; a cache object of an earlier one is refused."""
+        with self.session.request.alone():
+            self.session.renew(self.compiled.create_request())
+        # The plugin lets go of the memory of a request that is gone when it runs another.
+        self.compiled.warm_up()
+        give_back()
 
     def _fed(self, step: Step, cache: StateCache, logits_to_keep: int) -> np.ndarray:
         """Feed the columns of `step` piece by piece; logits [B, kept, V]. A piece that fails leaves in the cache what

@@ -12,6 +12,7 @@ from chatglm_ov.chat.chatglm import ChatGLMFormat
 from chatglm_ov.chat.chatglm2 import ChatGLM2Format
 from chatglm_ov.chat.chatglm3 import ChatGLM3Format
 from chatglm_ov.chat.glm4 import GLM4Format
+from chatglm_ov.chat.shortening import shortened
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.tokenizer import load_tokenizer
 
@@ -157,6 +158,44 @@ def test_glm4_tool_call(content, response):
     found, history = GLM4Format().process_response(f"track\n{content}", "q", TOOL_HISTORY)
     assert found == response
     assert history[-1] == {"role": "assistant", "metadata": "track", "content": content}
+
+
+def pairs(count: int) -> list[tuple[str, str]]:
+    return [(f"question {index}", "answer " * (1 + index % 3)) for index in range(count)]
+
+
+def messages(count: int) -> list[dict]:
+    """Each third round has a call of a tool in it."""
+    history = copy.deepcopy(TOOL_HISTORY)
+    for index, (query, answer) in enumerate(pairs(count)):
+        call = {"role": "assistant", "metadata": "track", "content": "tool_call()"}
+        told = [] if index % 3 else [call, {"role": "observation", "content": "7"}]
+        history += [{"role": "user", "content": query}, *told, {"role": "assistant", "content": answer}]
+    return history
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "v3", "glm4"])
+def test_a_conversation_that_is_too_long_loses_its_oldest_rounds(name, v2, v3):
+    tokenizer = {"v2": v2, "v3": v3}.get(name) or tokenizer_of(name)
+    chat = chat_format_for(tokenizer)
+    make, before = (pairs, []) if name in ("v1", "v2") else (messages, TOOL_HISTORY)
+    history = make(20)
+
+    def tokens(rounds: list) -> int:
+        return len(chat.build_inputs(tokenizer, "q", rounds))
+
+    def all_but(rounds: int) -> list:
+        return [*before, *history[[*chat.round_starts(history), len(history)][rounds] :]]
+
+    whole, bare = tokens(history), tokens(before)
+    assert len(chat.round_starts(history)) == 20 and all_but(0) == history
+    assert shortened(chat, tokenizer, "q", history, 10, whole + 10) == (history, 0)
+    for limit in (whole + 9, whole, (whole + bare) // 2, 2 * bare + 10):
+        left, rounds = shortened(chat, tokenizer, "q", history, 10, limit)
+        assert left == all_but(rounds) and tokens(left) <= limit // 2 < tokens(all_but(rounds - 1))
+    assert shortened(chat, tokenizer, "q", history, 10, bare + 1) == (before, 20)
+    assert shortened(chat, tokenizer, "q", history, 10, bare) == (history, 0)
+    assert shortened(chat, tokenizer, "q", before, 10, bare + 1) == (before, 0)
 
 
 def test_histories_are_not_changed(v3):

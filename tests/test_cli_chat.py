@@ -95,6 +95,14 @@ def test_an_error_leaves_the_conversation_as_it_was(converse: Converse, answers:
     assert "".join(line for line in printed.splitlines(True) if error not in line) == answers(["你好", "再见"])
 
 
+def test_a_conversation_that_fills_the_model_goes_on(converse: Converse, answers: Callable[..., str]) -> None:
+    long = "好" * 1500
+    printed = converse(["你好", long, "再见", long, long, "再见"])
+    told = "[the 4 oldest rounds are left out: all together are too much for 4096 tokens]\n"
+    assert printed.count("left out") == printed.count(told) == 1
+    assert printed.replace(told, "") == answers(["你好", long, "再见", long]) + answers([long, "再见"])
+
+
 def test_ctrl_c_while_typing_goes_on(converted: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     typed = iter([KeyboardInterrupt, EOFError])
 

@@ -9,9 +9,13 @@ import time
 from math import prod
 from pathlib import Path
 
+import numpy as np
+import openvino as ov
 import pytest
+import torch
 from golden_cases import OPS, V2
 
+from chatglm_ov import OVChatGLMForCausalLM, convert
 from chatglm_ov.config import parse_config
 from chatglm_ov.memory import growth, memory
 from chatglm_ov.models import architecture
@@ -85,3 +89,24 @@ def test_growth_is_the_most_that_was_there() -> None:
         time.sleep(0.05)
         del block
     assert 60 << 20 < grown.nbytes < 140 << 20
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_a_released_cache_is_the_systems_again(ops: str, tmp_path: Path) -> None:
+    convert(V2.checkpoint, tmp_path, ("int8",), ops, progress=False)
+    model = OVChatGLMForCausalLM.from_pretrained(tmp_path)
+    ids = torch.ones((1, 4), dtype=torch.int64)
+    logits = model(ids).logits
+    small = memory()[1]
+    _enlarge_cache(model)
+    assert memory()[1] - small > 60 << 20
+    model.release_cache()
+    assert memory()[1] - small < 10 << 20
+    assert torch.equal(model(ids).logits, logits)
+
+
+def _enlarge_cache(model: OVChatGLMForCausalLM) -> None:
+    """8192 rows in each of its parts."""
+    for state in model.session.request.infer_request.query_state():
+        if state.state.size:
+            state.state = ov.Tensor(np.zeros((8192, *state.state.shape[1:]), state.state.data.dtype))

@@ -246,6 +246,19 @@ def test_two_models_of_one_compiled_model_keep_apart(golden, open_model):
 
 
 @each_golden
+def test_a_released_cache_begins_anew(golden, open_model):
+    model, given = open_model(golden), model_inputs(golden, "batch")
+    before = model(**given)
+    with model.session.request.alone():
+        request = model.session.request
+    model.release_cache()
+    assert model.session.request is not request
+    with pytest.raises(ChatGLMError, match="past_key_values: sequence is an earlier one"):
+        before.past_key_values.get_seq_length()
+    assert torch.equal(model(**given).logits, before.logits)
+
+
+@each_golden
 def test_output_forms(golden, open_model):
     model, ids = open_model(golden), golden.tensor("p5_input_ids")
     logits, cache = model(ids, return_dict=False)

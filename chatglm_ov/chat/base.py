@@ -72,6 +72,10 @@ class ChatFormat(ABC):
         `output` is the decoded answer without its stop token; it may be an unfinished one of a stream.
         """
 
+    @abstractmethod
+    def round_starts(self, history: Sequence) -> list[int]:
+        """Where in the history its rounds begin: a question and what came of it. A system message stands before."""
+
     def certain(self, text: str) -> str:
         """The part of an unfinished answer that what follows cannot make into something else."""
         return text

@@ -52,6 +52,9 @@ class RolesFormat(ChatFormat):
             messages.append({"role": "assistant", "metadata": metadata, "content": content})
         return response, messages
 
+    def round_starts(self, history: Sequence) -> list[int]:
+        return [index for index, message in enumerate(checked_messages(history)) if message["role"] == "user"]
+
     def metadata_and_content(self, part: str, names: set[str]) -> tuple[str, str]:
         """The first line of one message of an answer, and the rest of it. `names`: the tools that are offered."""
         metadata, newline, content = part.partition("\n")

@@ -39,6 +39,9 @@ class RoundsFormat(ChatFormat):
         response = self.clean(checked_text(output, "chat", "output"))
         return response, [*checked_rounds(history), (checked_text(query, "chat", "query"), response)]
 
+    def round_starts(self, history: Sequence) -> list[int]:
+        return list(range(len(checked_rounds(history))))
+
     def conversation_text(
         self, tokenizer: Any, messages: Sequence[Message], tools: Any = None, add_generation_prompt: bool = True
     ) -> str:

@@ -88,6 +88,7 @@ class Conversation:
 
     def _clear(self) -> None:
         self._history = list(self._beginning)
+        self._model.release_cache()
         print("The conversation is forgotten.")
 
     def _switch_stats(self) -> None:
@@ -107,6 +108,7 @@ class Conversation:
         options = {"max_new_tokens": DEFAULT_NEW_TOKENS, **self._options}
         options["stopping_criteria"] = StoppingCriteriaList([watch])
         try:
+            self._leave_out_rounds(query, options["max_new_tokens"])
             with closing(self._model.stream_chat(self._tokenizer, query, self._history, **options)) as answers:
                 for response, self._history in answers:
                     text = as_text(response, self._history)
@@ -124,6 +126,20 @@ class Conversation:
             print(f"[{figures(watch.timing, self._model)}]")
         if cut and sys.stdin.isatty():
             print(f"[{cut}]")
+
+    def _leave_out_rounds(self, query: str, answer: int) -> None:
+        """Of a conversation that is too long for the model, or, where that has no limit, for the original's chat: there
+        is to be room for an answer of so many tokens, or of a quarter of all."""
+        from chatglm_ov.chat import chat_format_for
+        from chatglm_ov.chat.shortening import shortened
+
+        chat_format = chat_format_for(self._tokenizer)
+        limit = getattr(self._model.config, "max_position_embeddings", None) or chat_format.defaults.max_length
+        room = min(answer, limit // 4)
+        self._history, rounds = shortened(chat_format, self._tokenizer, query, self._history, room, limit)
+        if rounds:
+            told = "the oldest round is" if rounds == 1 else f"the {rounds} oldest rounds are"
+            print(f"[{told} left out: all together are too much for {limit} tokens]", file=sys.stderr)
 
 
 def _beginning(tokenizer: Any, system: str | None) -> list[dict[str, str]]:

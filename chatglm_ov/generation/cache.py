@@ -108,6 +108,12 @@ class Session:
         self.epoch = 0
         self._columns = Columns.none(0, None)
 
+    def renew(self, request: Any) -> None:
+        """Go on in another request, whose cache is empty. Every handle given out before is stale."""
+        self.request = request
+        self.epoch += 1
+        self._columns = Columns.none(0, None)
+
     def restart(self, batch_size: int, prefix: np.ndarray | None) -> StateCache:
         """Empty the KV cache and begin a sequence of `batch_size` rows. Every handle given out before is stale."""
         self.request.reset()
