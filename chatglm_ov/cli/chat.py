@@ -88,7 +88,8 @@ class Conversation:
 
     def _clear(self) -> None:
         self._history = list(self._beginning)
-        self._model.release_cache()
+        for model in filter(None, (self._model, self._options.get("assistant_model"))):
+            model.release_cache()
         print("The conversation is forgotten.")
 
     def _switch_stats(self) -> None:
