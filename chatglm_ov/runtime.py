@@ -116,8 +116,8 @@ def load_model(
     advise_huge_pages(model, path.with_suffix(".bin").stat().st_size)
     own = _fused_properties if ops == "fused" else _stock_properties
     compiled = _compile(model, device, {**own(model, settings, device), **(properties or {})})
-    prefix = TrainedPrefix.load(folder, config)
-    return CompiledModel(config, weight_format, model, compiled, ops, settings.cache_format, prefix)
+    cache_format = settings.cache_format if ops == "fused" else _plugin_cache_format(compiled, settings)
+    return CompiledModel(config, weight_format, model, compiled, ops, cache_format, TrainedPrefix.load(folder, config))
 
 
 def _converted_config(folder: Path) -> ArchitectureConfig:
@@ -187,11 +187,20 @@ def _stock_properties(model: ov.Model, settings: Settings, device: str) -> dict[
     properties = {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
     if device != "CPU":
         return properties
-    properties["KV_CACHE_PRECISION"] = {"int8": "u8"}.get(settings.cache_format, settings.cache_format)
+    properties["KV_CACHE_PRECISION"] = "u8" if settings.cache_format == "int8" else settings.cache_format
     if precision == "f32":
         # Dynamic quantization would make 8-bit activations of f32 ones.
         properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
     return properties
+
+
+def _plugin_cache_format(compiled: ov.CompiledModel, settings: Settings) -> str:
+    """The format of a plugin's cache, which `properties` may have changed; one that is not among ours by OpenVINO's
+    name."""
+    if "KV_CACHE_PRECISION" not in compiled.get_property("SUPPORTED_PROPERTIES"):
+        return settings.cache_format
+    name = compiled.get_property("KV_CACHE_PRECISION").to_string()
+    return "int8" if name == "u8" else name
 
 
 def _fused_properties(model: ov.Model, settings: Settings, device: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from command_line import DATA, PROGRAM, Run, checkpoint, converted, finish, make
 from transformers import set_seed
 
 from chatglm_ov import OVChatGLMForCausalLM, convert, load_tokenizer
-from chatglm_ov.cli.answer import complete
+from chatglm_ov.cli.answer import as_text, complete
 from chatglm_ov.presets import config_json
 
 EXACT = ("--weight-format", "f32", "--inference-precision", "f32")
@@ -62,6 +62,14 @@ def test_beams(converted: Path, run: Run, model: OVChatGLMForCausalLM) -> None:
     options = {"do_sample": False, "max_new_tokens": 12, "num_beams": 3, "repetition_penalty": 1.3}
     response, _ = model.chat(load_tokenizer(converted), "你好", history=[], **options)
     assert done.out.strip() == (response if isinstance(response, str) else "\n".join(response.values())).strip()
+
+
+def test_no_token_twice(converted: Path, run: Run, model: OVChatGLMForCausalLM) -> None:
+    asked = ("generate", converted, "--prompt", "你好", "--max-new-tokens", 40, *EXACT)
+    options = {"do_sample": False, "max_new_tokens": 40, "no_repeat_ngram_size": 1}
+    response, history = model.chat(load_tokenizer(converted), "你好", history=[], **options)
+    done = run(*asked, "--no-repeat-ngram-size", 1)
+    assert done.out == as_text(response, history) + "\n" != run(*asked).out
 
 
 def test_a_seed_makes_sampling_repeatable(converted: Path, run: Run, model: OVChatGLMForCausalLM) -> None:

@@ -250,9 +250,11 @@ def test_weight_format_is_chosen(folder: Path):
 @pytest.mark.parametrize("cache_format", ["f32", "bf16", "int8"])
 def test_cache_format_of_stock_operations(cache_format, whole_folder: Path):
     model = load_model(whole_folder, "f32", kv_cache_format=cache_format)
-    assert model.compiled.get_property("KV_CACHE_PRECISION").to_string() == {"int8": "u8"}.get(
-        cache_format, cache_format
-    )
+    plugins = {"int8": "u8"}.get(cache_format, cache_format)
+    assert model.compiled.get_property("KV_CACHE_PRECISION").to_string() == plugins
+    assert model.kv_cache_format == cache_format
+    # A property wins, and is what is told.
+    assert load_model(whole_folder, "f32", properties={"KV_CACHE_PRECISION": plugins}).kv_cache_format == cache_format
 
 
 # Fused operations

@@ -15,6 +15,7 @@ INFERENCE_PRECISIONS = ("f32", "bf16", "f16")
 KV_CACHE_FORMATS = ("f32", "bf16", "int8")
 
 _SAMPLING = ("temperature", "top_p", "top_k", "seed")
+_OTHERS = ("max_new_tokens", "repetition_penalty", "no_repeat_ngram_size")
 
 
 def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], Any]:
@@ -76,6 +77,9 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), help="with --do-sample: the same draws every time")
     parser.add_argument("--repetition-penalty", type=number(float, 0, above=True), metavar="FACTOR")
     parser.add_argument(
+        "--no-repeat-ngram-size", type=number(int, 1), metavar="N", help="no N tokens in a row that were there before"
+    )
+    parser.add_argument(
         "--stop", nargs="+", action="extend", metavar="TEXT", help="ends an answer, of which it is no part; one or more"
     )
     parser.add_argument(
@@ -97,8 +101,7 @@ def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
         set_seed(given["seed"])
     named = {name: given[name] for name in _SAMPLING[:-1]}
-    named |= {"max_new_tokens": arguments.max_new_tokens, "repetition_penalty": arguments.repetition_penalty}
-    named["stop_strings"] = arguments.stop
+    named |= {name: getattr(arguments, name) for name in _OTHERS} | {"stop_strings": arguments.stop}
     if arguments.assistant is not None and arguments.prompt_lookup is not None:
         raise ChatGLMError("--prompt-lookup", "value", arguments.prompt_lookup, "none with --assistant")
     named["prompt_lookup_num_tokens"] = arguments.prompt_lookup
