@@ -20,6 +20,7 @@ from golden_cases import each_ops, without_library
 from safetensors.numpy import save_file
 
 from chatglm_ov import convert
+from chatglm_ov.cli import machine as this_machine
 from chatglm_ov.cli.folder import released_models
 from chatglm_ov.cli.machine import cpu_flags, isa_of, isa_of_kernel
 from chatglm_ov.config import load_config, parse_config
@@ -102,6 +103,17 @@ def test_machine_alone(run: Run) -> None:
     assert machine["f32"]["inference_precision"] == "f32"
     assert machine["memory_available_bytes"] < machine["memory_bytes"]
     assert machine["cpu"] in run("info").out
+
+
+def test_several_nodes_of_memory_are_told(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert this_machine.numa_nodes(tmp_path) is None
+    for name in ("node0", "node1", "node10", "possible", "has_cpu"):
+        (tmp_path / name).mkdir()
+    assert this_machine.numa_nodes(tmp_path) == 3
+    for nodes, told in ((3, True), (1, False), (None, False)):
+        monkeypatch.setattr(this_machine, "numa_nodes", lambda nodes=nodes: nodes)
+        assert (f"usable processors, {nodes} NUMA nodes\n" in run("info").out) == told
+        assert ("NUMA" in run("info").out) == told
 
 
 @without_library

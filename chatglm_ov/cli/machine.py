@@ -88,6 +88,7 @@ def machine() -> dict[str, Any]:
         "cpu": core().get_property("CPU", "FULL_DEVICE_NAME").strip() or platform.processor(),
         "physical_cores": psutil.cpu_count(logical=False),
         "usable_processors": _usable_processors(),
+        "numa_nodes": numa_nodes(),
         "memory_bytes": memory.total,
         "memory_available_bytes": available(),
         "isa": None if flags is None else isa_of(flags),
@@ -98,6 +99,12 @@ def machine() -> dict[str, Any]:
         "default": kernel_in_use(None),
         "f32": kernel_in_use("f32"),
     }
+
+
+def numa_nodes(folder: Path = Path("/sys/devices/system/node")) -> int | None:
+    """Parts of the memory that are nearer to some processors than to others; None where the system has no such folder
+    (not Linux)."""
+    return len(list(folder.glob("node[0-9]*"))) or None
 
 
 def _usable_processors() -> int | None:
