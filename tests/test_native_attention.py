@@ -265,6 +265,24 @@ def test_append_keeps_infinity_and_nan_in_bf16(isa):
 
 
 @each_type
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("part", ["key", "value"])
+def test_what_is_not_finite_spreads_to_who_sees_it(isa, cache_type, wrong, part):
+    """A fault in a model shows as NaN in every type of cache."""
+    rng = np.random.default_rng(8)
+    block = np.zeros(native().CacheLayout(cache_type, 1, 20).block_bytes, np.uint8)
+    for slot in range(6):
+        token = dict(zip(("key", "value"), rng.standard_normal((2, 20)).astype(np.float32), strict=True))
+        if slot == 4:
+            token[part][7] = wrong
+        native().append(isa, cache_type, 20, block, slot, token["key"], token["value"])
+    cache = Cache(cache_type, block[None], *np.zeros((2, 6, 20)), np.zeros(6))
+    query = np.abs(random_query(1, 20))
+    assert np.isfinite(attend(isa, cache, query, 4, end=4)[0]).all()
+    assert not np.isfinite(attend(isa, cache, query, 6)[0]).all()
+
+
+@each_type
 def test_attend_reads_what_append_wrote(isa, cache_type):
     rng = np.random.default_rng(7)
     keys, values = rng.standard_normal((2, 45, 20)).astype(np.float32)

@@ -289,6 +289,9 @@ def test_a_chain_runs_its_steps(core, factory):
         (["{norm} 0 #0", "{norm} @0 #1"], [1], "1 constants, wanted 2"),
         (["{norm} 0 #1"], [0], "1 constants, wanted 2"),
         (["{norm} #0 0"], [0], "wanted input 0 in the first step"),
+        (["Norm 0 1 kind=rms eps=1,5 residual=0 {version}"], [0], "'1,5', wanted a number"),
+        (["{norm} 0 1x"], [0], "'1x', wanted a number"),
+        (["{norm} 0 #"], [0], "'', wanted a number"),
         (["EmbeddingRows 0 #0 hidden_size=40 {version}"], [0], "input 0 is f32, wanted i32"),
     ],
 )
@@ -414,7 +417,7 @@ def test_an_embedding_that_cannot_be_read_is_refused(core, factory):
         ([ids, bytes_], 8, "a weight of i8, wanted f32 or bf16"),
         ([ids, floats, scales], 8, "a weight of f32, wanted f32 or bf16, or i8 with scales"),
         ([ids, floats], 7, "wanted a last dimension of 7"),
-        ([ids, bytes_, floats], 8, "wanted a last dimension of 1"),
+        ([ids, bytes_, floats], 8, "wanted 9 elements"),
     ):
         with pytest.raises(RuntimeError, match=message):
             factory.create("EmbeddingRows", inputs, {"hidden_size": hidden_size})

@@ -28,13 +28,19 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Even and odd ones of 2 kLanes elements.
 inline void widen(const float* line, Floats& even, Floats& odd) {
-    const Floats low = load(line), high = load(line + kLanes);
 #if defined(__AVX512F__)
-    even = __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    odd = __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    const __m512 low(load(line)), high(load(line + kLanes));
+    const __m512i places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    even = Floats(_mm512_permutex2var_ps(low, places, high));
+    odd = Floats(_mm512_permutex2var_ps(low, _mm512_add_epi32(places, _mm512_set1_epi32(1)), high));
 #else
-    even = __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14);
-    odd = __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15);
+    // Two of each half of both; the middle quarters change places.
+    const __m256 low(load(line)), high(load(line + kLanes));
+    const auto in_order = [](__m256 pairs) {
+        return Floats(_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0b11011000)));
+    };
+    even = in_order(_mm256_shuffle_ps(low, high, 0b10001000));
+    odd = in_order(_mm256_shuffle_ps(low, high, 0b11011101));
 #endif
 }
 
@@ -318,13 +324,18 @@ inline float encode(const float* x, int64_t count, uint16_t* elements) {
     return 1.0f;
 }
 
+// What is not finite makes the scale NaN, and so all that the token adds to.
 inline float encode(const float* x, int64_t count, int8_t* elements) {
-    Floats largest{};
-    for (int64_t i = 0; i < count; i += kLanes) largest = max_of(absolute(load(x + i)), largest);
-    const float scale = largest_of(largest) / 127.0f;
-    if (scale == 0.0f) {
+    Floats largest{}, not_a_number{};
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Floats value = load(x + i);
+        largest = max_of(absolute(value), largest);
+        not_a_number += value * 0.0f;
+    }
+    const float scale = largest_of(largest) / 127.0f + sum_of(not_a_number);
+    if (!(scale > 0.0f)) {
         std::fill(elements, elements + count, int8_t{0});
-        return 0.0f;
+        return scale;
     }
     for (int64_t i = 0; i < count; i += kLanes) {
         // Quotients of subnormal numbers can exceed 127. Adding 1.5 * 2^23 rounds to an integer, ties to even.

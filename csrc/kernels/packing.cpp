@@ -46,9 +46,11 @@ WeightFormat parse_format(const std::string& name) {
 }
 
 void PackedLayout::check() const {
-    if (out_features <= 0 || in_features <= 0) {
+    // So that no number of bytes overflows.
+    constexpr int64_t kMost = int64_t{1} << 28;
+    if (out_features <= 0 || in_features <= 0 || out_features > kMost || in_features > kMost) {
         throw std::invalid_argument("weight: [" + std::to_string(out_features) + ", " + std::to_string(in_features) +
-                                    "], wanted positive sizes");
+                                    "], wanted sizes of 1 to " + std::to_string(kMost));
     }
     const bool is_group = group_size == 32 || group_size == 64 || group_size == 128;
     if (format == WeightFormat::int4 && (!is_group || in_features % group_size != 0)) {

@@ -21,19 +21,26 @@ std::vector<int64_t> sequence_lengths(const AttentionCall& call) {
     std::vector<int64_t> lengths(static_cast<size_t>(call.batch), 0);
     for (int64_t row = 0; row < call.batch; ++row) {
         for (int64_t i = row * call.length; i < (row + 1) * call.length; ++i) {
-            lengths[static_cast<size_t>(row)] = std::max<int64_t>(lengths[static_cast<size_t>(row)], call.slots[i] + 1);
+            const int64_t slots = int64_t{call.slots[i]} + 1;
+            lengths[static_cast<size_t>(row)] = std::max(lengths[static_cast<size_t>(row)], slots);
         }
     }
     return lengths;
 }
 
 void check(const AttentionCall& call, const std::vector<int64_t>& lengths) {
-    const int64_t capacity = call.cache_blocks * kBlockSlots;
+    const int64_t capacity = std::min(call.cache_blocks * kBlockSlots, call.table_slots);
     for (int64_t row = 0; row < call.batch; ++row) {
         const int64_t length = lengths[static_cast<size_t>(row)];
         if (length > capacity) {
             throw std::runtime_error("KV cache: " + std::to_string(length) + " slots in row " + std::to_string(row) +
                                      ", wanted at most " + std::to_string(capacity));
+        }
+        for (int64_t i = row * call.length; i < (row + 1) * call.length; ++i) {
+            if (call.visible[i] > length) {
+                throw std::runtime_error("KV cache: " + std::to_string(call.visible[i]) + " visible slots in row " +
+                                         std::to_string(row) + ", wanted at most " + std::to_string(length));
+            }
         }
         for (int64_t slot = 0; slot < length; ++slot) {
             const int32_t seen = call.table[row * call.table_slots + slot];
@@ -196,6 +203,7 @@ void run_parts(const Tiles& tiles, int64_t longest, Team& team) {
 }  // namespace
 
 void run_attention(const KernelTable& kernels, const AttentionCall& call, Team& team) {
+    if (call.batch == 0) return;
     const std::vector<int64_t> lengths = sequence_lengths(call);
     check(call, lengths);
     append(kernels, call, team);

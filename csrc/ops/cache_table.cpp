@@ -39,6 +39,7 @@ void CacheTable::validate_and_infer_types() {
     check_version();
     check_inputs(4 + static_cast<size_t>(prefix_));
     for (size_t i = 0; i < get_input_size(); ++i) check_type(i, ov::element::i32);
+    for (size_t i = 0; i < 3; ++i) check_rank(i, 2);
     set_output_type(0, ov::element::i32, get_input_partial_shape(1));
     set_output_type(1, ov::element::i32, get_input_partial_shape(2));
     set_output_type(2, ov::element::i32, get_input_partial_shape(2));

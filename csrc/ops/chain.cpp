@@ -1,6 +1,7 @@
 #include "ops/chain.h"
 
 #include <algorithm>
+#include <charconv>
 #include <deque>
 #include <map>
 #include <sstream>
@@ -65,6 +66,15 @@ private:
 
 namespace {
 
+// A number that is all of a text. Never by the locale of the process, in which a comma may stand for the point.
+template <typename Number>
+Number number(const std::string& text) {
+    Number value{};
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    OPENVINO_ASSERT(error == std::errc{} && end == text.data() + text.size(), "Chain: '", text, "', wanted a number");
+    return value;
+}
+
 // Sets the attributes of an operation from text.
 class TextAttributes : public ov::AttributeVisitor {
 public:
@@ -77,10 +87,10 @@ public:
         adapter.set(value(name));
     }
     void on_adapter(const std::string& name, ov::ValueAccessor<int64_t>& adapter) override {
-        adapter.set(std::stoll(value(name)));
+        adapter.set(number<int64_t>(value(name)));
     }
     void on_adapter(const std::string& name, ov::ValueAccessor<double>& adapter) override {
-        adapter.set(std::stod(value(name)));
+        adapter.set(number<double>(value(name)));
     }
 
 private:
@@ -127,7 +137,7 @@ void ChainProgram::add_step(const std::string& line) {
             continue;
         }
         const From from = word[0] == '@' ? From::step : word[0] == '#' ? From::constant : From::input;
-        const size_t index = std::stoul(word.substr(from == From::input ? 0 : 1));
+        const auto index = number<size_t>(word.substr(from == From::input ? 0 : 1));
         OPENVINO_ASSERT(from != From::step || index < steps.size(), "Chain: step ", steps.size(), " reads the result ",
                         index);
         if (from == From::input) inputs = std::max(inputs, index + 1);

@@ -77,10 +77,12 @@ void EmbeddingRows::validate_and_infer_types() {
     const bool scaled = get_input_size() == 3;
     OPENVINO_ASSERT(scaled ? type == ov::element::i8 : type == ov::element::f32 || type == ov::element::bf16,
                     "EmbeddingRows: a weight of ", type, ", wanted f32 or bf16, or i8 with scales");
+    const auto& weight = get_input_partial_shape(1);
+    check_rank(1, 2);
     check_last_dim(1, hidden_size_);
     if (scaled) {
         check_type(2, ov::element::f32);
-        check_last_dim(2, 1);
+        if (weight.is_static()) check_elements(2, weight[0].get_length());
     }
     set_output_type(0, ov::element::f32, output_shape(get_input_partial_shape(0), {}));
 }

@@ -17,9 +17,16 @@ void MultiHeadAttention::validate_and_infer_types() {
     OPENVINO_ASSERT(head_dim_ > 0 && num_key_value_heads_ > 0 && num_attention_heads_ % num_key_value_heads_ == 0,
                     "MultiHeadAttention: ", num_attention_heads_, " heads, wanted a multiple of num_key_value_heads ",
                     num_key_value_heads_);
-    for (size_t i : {kQkv, kCos, kSin}) check_type(i, ov::element::f32);
-    for (size_t i : {kTable, kSlots, kVisible}) check_type(i, ov::element::i32);
+    for (size_t i : {kQkv, kCos, kSin}) {
+        check_type(i, ov::element::f32);
+        check_rank(i, 3);
+    }
+    for (size_t i : {kTable, kSlots, kVisible}) {
+        check_type(i, ov::element::i32);
+        check_rank(i, 2);
+    }
     check_type(kCache, ov::element::u8);
+    check_rank(kCache, 4);
     check_last_dim(kQkv, (num_attention_heads_ + 2 * num_key_value_heads_) * head_dim_);
     set_output_type(0, ov::element::f32, output_shape(get_input_partial_shape(kQkv), {}));
     if (!in_place_) {

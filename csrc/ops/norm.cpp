@@ -9,6 +9,13 @@ void Norm::validate_and_infer_types() {
     OPENVINO_ASSERT(kind_ == "rms" || kind_ == "layer", "Norm: kind '", kind_, "', wanted rms or layer");
     check_inputs((kind_ == "rms" ? 2 : 3) + static_cast<size_t>(residual_));
     for (size_t i = 0; i < get_input_size(); ++i) check_type(i, ov::element::f32);
+    const auto& weight = get_input_partial_shape(1);
+    if (weight.is_static()) {
+        const auto size = static_cast<int64_t>(ov::shape_size(weight.to_shape()));
+        OPENVINO_ASSERT(size > 0, "Norm: a weight of shape ", weight, ", wanted one of each column");
+        check_last_dim(0, size);
+        if (kind_ == "layer") check_elements(2, size);
+    }
     if (residual_) {
         const auto &x = get_input_partial_shape(0), &residual = get_input_partial_shape(get_input_size() - 1);
         OPENVINO_ASSERT(x.compatible(residual), "Norm: a residual of shape ", residual, ", wanted ", x);
@@ -26,6 +33,8 @@ bool Norm::visit_attributes(ov::AttributeVisitor& visitor) {
 void Norm::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const {
     const auto& kernel = kernels().elementwise;
     const int64_t size = static_cast<int64_t>(inputs[1].get_size());
+    OPENVINO_ASSERT(size > 0 && inputs[0].get_shape().back() == inputs[1].get_size(), "Norm: x of ",
+                    inputs[0].get_shape(), ", wanted ", size, " columns");
     const int64_t rows = static_cast<int64_t>(inputs[0].get_size()) / size;
     const RowNorm norm{inputs[1].data<const float>(), kind_ == "layer" ? inputs[2].data<const float>() : nullptr, eps_};
     const auto* x = inputs[0].data<const float>();

@@ -68,6 +68,12 @@ protected:
                         get_type_name(), ": input ", input, " of shape ", shape, ", wanted ", count, " elements");
     }
 
+    void check_rank(size_t input, int64_t rank) const {
+        const auto& shape = get_input_partial_shape(input);
+        OPENVINO_ASSERT(shape.rank().compatible(rank), get_type_name(), ": input ", input, " of shape ", shape,
+                        ", wanted ", rank, " dimensions");
+    }
+
     void check_last_dim(size_t input, int64_t size) const {
         const auto& shape = get_input_partial_shape(input);
         OPENVINO_ASSERT(shape.rank().is_dynamic() || (shape.size() > 0 && shape[shape.size() - 1].compatible(size)),

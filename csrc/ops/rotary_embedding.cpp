@@ -11,6 +11,7 @@ void RotaryEmbedding::validate_and_infer_types() {
     const auto& shape = get_input_partial_shape(0);
     const auto& angles = get_input_partial_shape(1);
     OPENVINO_ASSERT(head_dim_ > 0, "RotaryEmbedding: head_dim ", head_dim_, ", wanted a positive number");
+    for (size_t i = 0; i < 3; ++i) check_rank(i, 3);
     if (shape.rank().is_static() && shape[2].is_static()) {
         OPENVINO_ASSERT(shape[2].get_length() % head_dim_ == 0, "RotaryEmbedding: x of shape ", shape,
                         ", wanted a last dimension that is a multiple of head_dim ", head_dim_);
@@ -29,6 +30,12 @@ bool RotaryEmbedding::visit_attributes(ov::AttributeVisitor& visitor) {
 
 void RotaryEmbedding::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const {
     const auto rotate = kernels().elementwise.rotate;
+    const ov::Shape &of_x = inputs[0].get_shape(), &of_cos = inputs[1].get_shape();
+    OPENVINO_ASSERT(of_x.size() == 3 && of_cos.size() == 3 && of_cos[0] == of_x[0] && of_cos[1] == of_x[1] &&
+                        inputs[2].get_shape() == of_cos && 2 * static_cast<int64_t>(of_cos[2]) <= head_dim_ &&
+                        static_cast<int64_t>(of_x[2]) % head_dim_ == 0,
+                    "RotaryEmbedding: x of ", of_x, ", angles of ", of_cos, " and ", inputs[2].get_shape(),
+                    ", wanted heads of ", head_dim_, " and their angles for each token");
     const int64_t tokens = dim(inputs[0], 0) * dim(inputs[0], 1), width = dim(inputs[0], 2), half = dim(inputs[1], 2);
     const auto* x = inputs[0].data<const float>();
     const auto *cos = inputs[1].data<const float>(), *sin = inputs[2].data<const float>();
