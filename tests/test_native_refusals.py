@@ -85,7 +85,7 @@ def test_rows_of_an_embedding(run: Run, weight: Array, scales: Array | None, mes
 def test_sizes_of_a_packed_weight(run: Run, features: tuple[int, int]) -> None:
     attributes = {"format": "int8", "out_features": features[0], "in_features": features[1]}
     for name, x in (("Embedding", ints(1, 1)), ("FullyConnected", floats(1, 1, 64))):
-        with pytest.raises(RuntimeError, match="weight: .*wanted sizes of 1 to 268435456"):
+        with pytest.raises(RuntimeError, match=r"weight: .*wanted sizes of 1 to 268435456"):
             run(name, [x, np.zeros(1088, np.uint8)], (1,), **attributes)
 
 
@@ -100,7 +100,7 @@ def test_sizes_of_a_packed_weight(run: Run, features: tuple[int, int]) -> None:
     ],
 )
 def test_rotary_embedding(run: Run, x: Array, cos: Array, sin: Array) -> None:
-    with pytest.raises(RuntimeError, match="RotaryEmbedding: .*wanted"):
+    with pytest.raises(RuntimeError, match=r"RotaryEmbedding: .*wanted"):
         run("RotaryEmbedding", [x, cos, sin], head_dim=D)
 
 
