@@ -56,7 +56,7 @@ class OVChatGLMConfig(PretrainedConfig):
         fields |= {"vocab_size": architecture.vocab_rows, "num_hidden_layers": architecture.num_layers}
         if architecture.max_positions is not None:
             fields["max_position_embeddings"] = architecture.max_positions
-        fields |= {"is_encoder_decoder": False, "name_or_path": str(folder)}
+        fields |= {"is_encoder_decoder": False, "name_or_path": str(Path(folder).absolute())}
         return cls(**fields)
 
 
@@ -149,20 +149,32 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         _refuse(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ChatGLMError("forward", "logits_to_keep", logits_to_keep, "0 (all) or a number of last columns")
-        cache = self._checked_cache(one_cache({"past_key_values": past_key_values, "cache": cache}))
-        if cache is not None and cache.get_seq_length() == 0:
-            cache = None
-        step = prepare(self.compiled, input_ids, attention_mask, position_ids, cache)
-        if cache is None:
-            cache = self.session.restart(len(step.ids), step.prefix)
-        self.session.request.check_positions(step.position_ids)
-        logits = self._fed(step, cache, logits_to_keep)
+        given = one_cache({"past_key_values": past_key_values, "cache": cache})
+        with self.session.request.alone():
+            cache, logits = self._forward(input_ids, attention_mask, position_ids, given, logits_to_keep)
         if prompt_copies > 1:
             logits = logits.repeat(prompt_copies, axis=0)
             cache.batch_repeat_interleave(prompt_copies)
         handle = cache if use_cache is not False else None
         output = CausalLMOutputWithPast(logits=torch.from_numpy(logits), **{CACHE_NAME: handle})  # type: ignore[arg-type]
         return output.to_tuple() if return_dict is False else output
+
+    def _forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        given: Any,
+        logits_to_keep: int,
+    ) -> tuple[StateCache, np.ndarray]:
+        cache = self._checked_cache(given)
+        if cache is not None and cache.get_seq_length() == 0:
+            cache = None
+        step = prepare(self.compiled, input_ids, attention_mask, position_ids, cache)
+        if cache is None:
+            cache = self.session.restart(len(step.ids), step.prefix)
+        self.session.request.check_positions(step.position_ids)
+        return cache, self._fed(step, cache, logits_to_keep)
 
     def release_cache(self) -> None:
         """Give the memory of the KV cache back to the system: by itself it stays for the next sequence, as large as the
@@ -212,7 +224,7 @@ def _generation_config(folder: Path, architecture: ArchitectureConfig) -> Genera
     if path.is_file():
         try:
             config = GenerationConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             seen = f"unusable ({str(error).splitlines()[0]})"
             raise ChatGLMError(path, "contents", seen, "the fields of a GenerationConfig") from error
     for name in _TOKEN_IDS:

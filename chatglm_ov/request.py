@@ -56,7 +56,8 @@ class Request:
         """For several calls in a row. Raises ChatGLMError where another thread is at work."""
         if not self._lock.acquire(blocking=False):
             wanted = (
-                "one at a time: OVChatGLMForCausalLM(model.config, model.compiled) is another over the same weights"
+                "one at a time (a stream is one until it is read to its end or closed): "
+                "OVChatGLMForCausalLM(model.config, model.compiled) is another over the same weights"
             )
             raise ChatGLMError("model", "use", "by another thread", wanted)
         try:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from golden_sets import GOLDENS, cases, model_inputs, open_either_model, open_model  # noqa: F401
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -97,6 +98,41 @@ def test_leading_pad_ids_without_a_mask_are_padding(golden, open_model):
     ends = np.atleast_1d(model.generation_config.eos_token_id)
     known = model.generation_config.pad_token_id not in ends
     assert torch.equal(got, golden.tensor("batch_generate")) == known
+
+
+@each_golden
+def test_a_config_of_the_call_leaves_the_models_ids(golden, open_model):
+    """transformers takes the special ids that a config does not have from the model's own."""
+    model, ids = open_model(golden), model_inputs(golden, "batch")["input_ids"]
+    wanted = model.generate(ids, max_new_tokens=8, do_sample=False)
+    config = GenerationConfig(max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(ids, generation_config=config), wanted)
+    # A pad id that ends texts too tells of no padding, whoever says so.
+    ends = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=model.generation_config.pad_token_id)
+    unpadded = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=ends.eos_token_id)
+    assert torch.equal(model.generate(ids, generation_config=ends), unpadded)
+
+
+@each_golden
+def test_a_call_is_refused_between_the_pieces_of_another(golden, open_model, monkeypatch):
+    """Else it would take the sequence away: the model is one, forward() as well as generate()."""
+    monkeypatch.setattr("chatglm_ov.generation.inputs.PIECE_TOKENS", 8)
+    model, ids = open_model(golden), golden.tensor("p17_input_ids")
+    wanted, refused = model(ids, logits_to_keep=1).logits, []
+
+    def interfere(done: int, total: int) -> None:
+        def call() -> None:
+            with pytest.raises(ChatGLMError, match="model: use is by another thread"):
+                model(ids)
+            refused.append(done)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    model.prompt_progress = interfere
+    assert torch.equal(model(ids, logits_to_keep=1).logits, wanted)
+    assert refused[-1] == ids.shape[1]
 
 
 @each_golden

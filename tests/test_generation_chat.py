@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert, load_tokenizer
 from chatglm_ov.chat import chat_format_for
+from chatglm_ov.cli.demo import CHECKPOINT
 from chatglm_ov.generation.chat import _settings
 from chatglm_ov.generation.stream import stream_tokens
 from chatglm_ov.generation.timing import Stopwatch
@@ -166,6 +169,53 @@ def test_closing_the_stream_ends_the_work(case, monkeypatch):
     entry, chat = case.entries[0], chat_format_for(case.tokenizer)
     again = case.model.chat(case.tokenizer, **greedy(entry))
     assert again == chat.answer(case.tokenizer, entry["generated_ids"], **question(entry))
+
+
+def test_a_second_turn_without_a_cache_is_the_same(case):
+    """There is one in the model, whatever a config says."""
+    first, history = case.model.chat(case.tokenizer, "ab", do_sample=False, max_new_tokens=5)
+    wanted = case.model.chat(case.tokenizer, "cd", history=history, do_sample=False, max_new_tokens=5)
+    case.model.generation_config.use_cache = False
+    try:
+        assert case.model.chat(case.tokenizer, "ab", do_sample=False, max_new_tokens=5) == (first, history)
+        got = case.model.chat(case.tokenizer, "cd", history=history, do_sample=False, max_new_tokens=5)
+    finally:
+        case.model.generation_config.use_cache = True
+    assert got == wanted
+
+
+OPEN_STREAM = """
+import sys
+from chatglm_ov import OVChatGLMForCausalLM, load_tokenizer
+
+model, tokenizer = OVChatGLMForCausalLM.from_pretrained(sys.argv[1]), load_tokenizer(sys.argv[1])
+answers = model.stream_chat(tokenizer, "ab", do_sample=False, max_new_tokens=1500, min_new_tokens=1500)
+print(len(next(answers)))
+sys.exit(int(sys.argv[2]))
+"""
+
+
+def test_a_program_may_end_with_an_open_stream(tmp_path):
+    convert(CHECKPOINT, tmp_path, ("int8",), progress=False)
+    for code in (0, 3):
+        done = subprocess.run([sys.executable, "-c", OPEN_STREAM, tmp_path, str(code)], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (code, "2\n"), done.stderr
+
+
+def test_beams_that_end_early_leave_the_others_alone(tmp_path):
+    """Prompts of unequal length, of which some are done before others."""
+    convert(CHECKPOINT, tmp_path, ("f32",), progress=False)
+    model, tokenizer = (
+        OVChatGLMForCausalLM.from_pretrained(tmp_path, inference_precision="f32"),
+        load_tokenizer(tmp_path),
+    )
+    texts = ["床前明月光", "白日依山尽，黄河入海流", "离离原上草，一岁一枯荣。野火烧不尽"]
+    given = tokenizer(texts, padding=True, return_tensors="pt")
+    together = model.generate(**given, num_beams=3, max_new_tokens=32)[:, given["input_ids"].shape[1] :]
+    for text, row in zip(texts, together, strict=True):
+        alone = tokenizer([text], return_tensors="pt")
+        ids = model.generate(**alone, num_beams=3, max_new_tokens=32)[0, alone["input_ids"].shape[1] :]
+        assert tokenizer.decode(row, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_errors_of_the_other_thread_come_out(case):

@@ -81,6 +81,8 @@ class StatefulGenerationMixin(GenerationMixin):
 
     def _generated(self, ids: Any, config: GenerationConfig | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         self.reused_tokens, self.speculation = 0, None
+        # It is inside the model, and there is no other way to go on.
+        kwargs["use_cache"] = True
         if kwargs.pop("reuse_cache", False):
             self._resume(ids, kwargs)
         step = self._first_step(ids, config or self.generation_config, kwargs)
@@ -101,7 +103,7 @@ class StatefulGenerationMixin(GenerationMixin):
             total = mask.shape[-1] if mask is not None else max(new, cache.get_seq_length())
             new = total - cache.get_seq_length() if total > cache.get_seq_length() else new
         elif mask is None:
-            keep = inputs.leading_padding(ids, *_special_ids(config, kwargs))
+            keep = inputs.leading_padding(ids, *self._special_ids(config, kwargs))
             mask = None if keep is None else torch.from_numpy(keep)
         if not 0 < new <= ids.shape[1]:
             raise ChatGLMError("input_ids", "length", ids.shape[1], f"at least {new}, the columns not in the cache")
@@ -111,13 +113,24 @@ class StatefulGenerationMixin(GenerationMixin):
             raise ChatGLMError("attention_mask", "last column", "padding", "a token in each row: pad on the left")
         return step
 
+    def _special_ids(self, config: GenerationConfig, kwargs: dict[str, Any]) -> tuple[int | None, list[int]]:
+        """pad_token_id and the end ids that one call of generate() works with: the call's own, those of its config, and
+        what that leaves out the model's."""
+
+        def of_call(name: str) -> Any:
+            told = kwargs.get(name, getattr(config, name))
+            return getattr(self.generation_config, name) if told is None and name not in kwargs else told
+
+        ends = of_call("eos_token_id")
+        return of_call("pad_token_id"), [] if ends is None else [int(i) for i in np.atleast_1d(ends)]
+
     def _resume(self, input_ids: Any, kwargs: dict[str, Any]) -> None:
         """Put a cache with what `input_ids` and the latest sequence have in common into the arguments, if that is
         something and the arguments say nothing else of the sequence."""
         ids, mask = inputs.token_ids(input_ids), kwargs.get("attention_mask")
         told = any(kwargs.get(name) is not None for name in (CACHE_NAME, "position_ids"))
         whole = mask is None or (isinstance(mask, torch.Tensor) and mask.shape == ids.shape and bool(mask.all()))
-        if told or len(ids) != 1 or not whole or kwargs.get("use_cache") is False:
+        if told or len(ids) != 1 or not whole:
             return
         cache = self.resume(ids[0])
         if cache is not None:
@@ -158,10 +171,15 @@ class StatefulGenerationMixin(GenerationMixin):
             new = next_sequence_length
         elif handle is not None and attention_mask is not None:
             new = attention_mask.shape[1] - handle.get_seq_length()
+        mask = None if attention_mask is None else attention_mask[::prompt_copies]
+        if handle is not None and mask is not None:
+            # A beam that is finished goes on from any row in some releases: its padding is that row's then.
+            keep = torch.from_numpy(handle.columns.keep).to(mask.dtype)
+            mask = torch.cat([keep.expand(len(mask), -1), mask[:, keep.shape[1] :]], dim=1)
         passed_on = ("output_attentions", "output_hidden_states")
         return {
             "input_ids": input_ids[::prompt_copies, -new:],
-            "attention_mask": None if attention_mask is None else attention_mask[::prompt_copies],
+            "attention_mask": mask,
             "position_ids": None if position_ids is None else position_ids[::prompt_copies, ..., -new:],
             CACHE_NAME: handle,
             "use_cache": use_cache,
@@ -234,10 +252,3 @@ class StatefulGenerationMixin(GenerationMixin):
         if generation_config.cache_implementation is not None:
             seen = generation_config.cache_implementation
             raise ChatGLMError("generate", "cache_implementation", repr(seen), "None: the cache is inside the model")
-
-
-def _special_ids(config: GenerationConfig, kwargs: dict[str, Any]) -> tuple[int | None, list[int]]:
-    """pad_token_id and the end ids that one call of generate() works with."""
-    eos = kwargs.get("eos_token_id", config.eos_token_id)
-    ends = [] if eos is None else [int(i) for i in np.atleast_1d(eos)]
-    return kwargs.get("pad_token_id", config.pad_token_id), ends

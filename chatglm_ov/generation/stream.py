@@ -24,11 +24,18 @@ class _Tokens(BaseStreamer):
     def __init__(self) -> None:
         self.queue: SimpleQueue[int | BaseException | None] = SimpleQueue()
         self.closed = threading.Event()
+        self.reader = threading.current_thread()
         self._prompt_seen = False
 
-    def put(self, value: torch.Tensor) -> None:
-        if self.closed.is_set():
+    def check_wanted(self) -> None:
+        """Raises _Closed where the stream was closed, and at the end of a program that has left it open: Python waits
+        for this thread then, which would be ended inside the model otherwise."""
+        program_ends = not threading.main_thread().is_alive()
+        if self.closed.is_set() or (program_ends and (self.reader.daemon or not self.reader.is_alive())):
             raise _Closed
+
+    def put(self, value: torch.Tensor) -> None:
+        self.check_wanted()
         if self._prompt_seen:
             for token in value.flatten().tolist():
                 self.queue.put(token)
@@ -42,8 +49,7 @@ class _Tokens(BaseStreamer):
         pieces."""
 
         def report(done: int, total: int) -> None:
-            if self.closed.is_set():
-                raise _Closed
+            self.check_wanted()
             if told is not None:
                 told(done, total)
 
@@ -71,13 +77,14 @@ def stream_tokens(model: Any, input_ids: torch.Tensor, **options: Any) -> Iterat
     if rows != 1:
         raise ChatGLMError("stream", "sequences", rows, "1: the tokens of several would be one stream")
     tokens = _Tokens()
-    thread = threading.Thread(target=tokens.run, args=(model, input_ids, options), daemon=True)
+    thread = threading.Thread(target=tokens.run, args=(model, input_ids, options), daemon=False)
     thread.start()
     try:
         while (item := tokens.queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
+            tokens.reader = threading.current_thread()
     finally:
         tokens.closed.set()
         while thread.is_alive():

@@ -35,7 +35,7 @@ def load_tokenizer(folder: str | Path, *, family: str | None = None, **kwargs: A
     found = detect_family(folder, family)
     config = read_json(folder / CONFIG_FILE)
     if found == FAST:
-        return _load_fast(folder, kwargs)
+        return _load_fast(folder, config, kwargs)
     config.pop("auto_map", None)
     config["name_or_path"] = str(folder)
     if (folder / TEMPLATE_FILE).is_file():
@@ -66,11 +66,14 @@ def _class(family: str) -> Any:
     return {each.family: each for each in classes}[family]
 
 
-def _load_fast(folder: Path, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
+def _load_fast(folder: Path, config: dict[str, Any], kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
 
     # Older transformers take the blanks before punctuation out of byte-level text unless told not to.
     defaults: dict[str, Any] = {"padding_side": "left", "clean_up_tokenization_spaces": False}
+    if "model_input_names" not in config:
+        # Older ones make three, of which these models take two.
+        defaults["model_input_names"] = ["input_ids", "attention_mask"]
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **defaults | kwargs)
     except Exception as error:  # the library raises its own kinds, some of them plain Exception
