@@ -34,7 +34,7 @@ from chatglm_ov.config import (
     read_config_json,
 )
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.finished_folder import check_disk, finished_or_nothing
+from chatglm_ov.finished_folder import check_disk, finished_or_nothing, remove_leftovers
 from chatglm_ov.lora import with_lora
 from chatglm_ov.lowering import Lowering
 from chatglm_ov.memory import available
@@ -57,6 +57,9 @@ if TYPE_CHECKING:
     from chatglm_ov.calibration.text import Calibration
 
 OPS = ("fused", "stock")
+
+_OTHER_BYTES = 8 << 20
+"""Room for graphs, configuration and tokenizer."""
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +105,11 @@ def convert(
     _warn_of_doubtful_base(config)
     _check_arguments(source, target, weight_formats, ops, overwrite)
     if adapter is not None:
-        _check_apart(target, adapter, "LoRA")
+        check_apart(target, adapter, "LoRA")
     if p_tuning is not None:
-        _check_apart(target, Path(p_tuning), "P-Tuning")
+        check_apart(target, Path(p_tuning), "P-Tuning")
+    if calibration is not None:
+        check_apart(target, calibration.source.path, "calibration text")
     ops = available_ops(ops)
     with open_checkpoint(source, fields) as stored, with_lora(stored, adapter, config) as merged:
         weights = model_weights(config, merged)
@@ -114,7 +119,8 @@ def convert(
         more_bytes = 0 if prefix is None else prefix.nbytes
         plan = make_plan(config, weights, weight_formats, ops, choices, calibration, more_bytes)
         log.info("%s", plan)
-        check_disk(target, plan.disk_bytes, ", ".join(plan.weight_formats))
+        remove_leftovers(target)
+        check_disk(target, plan.disk_bytes + _OTHER_BYTES, ", ".join(plan.weight_formats))
         if plan.memory_bytes > (free := available()):
             log.warning("%s of memory are free: the system may end the conversion", size(free))
         sequences = _sequences(source, config, calibration)
@@ -238,6 +244,8 @@ def _config_fields(
 ) -> dict[str, Any]:
     """Contents of config.json with what the caller knows better."""
     fields = read_config_json(source)
+    if "chatglm_ov" in fields:
+        raise ChatGLMError(source, "checkpoint", "a converted folder", "the folder that it was made of")
     given = {"rope_ratio_meaning": rope_ratio_meaning, "rope_theta": rope_theta, "rope_scaling": rope_scaling}
     described = config_class(fields, source / "config.json")
     for name, value in given.items():
@@ -269,6 +277,14 @@ def _warn_of_doubtful_base(config: ArchitectureConfig) -> None:
         )
 
 
+def is_converted(folder: Path) -> bool:
+    """Whether that is what `convert` writes, or was once."""
+    try:
+        return "chatglm_ov" in read_config_json(folder)
+    except ChatGLMError:
+        return False
+
+
 def _check_arguments(source: Path, target: Path, weight_formats: Sequence[str], ops: str, overwrite: bool) -> None:
     if isinstance(weight_formats, str) or not weight_formats:
         raise ChatGLMError("convert", "weight_formats", repr(weight_formats), f"a list of {', '.join(FORMATS)}")
@@ -279,15 +295,21 @@ def _check_arguments(source: Path, target: Path, weight_formats: Sequence[str], 
         raise ChatGLMError("convert", "ops", repr(ops), f"one of {', '.join(OPS)}")
     if target.exists() and not target.is_dir():
         raise ChatGLMError(target, "output", "a file", "a folder that is new or empty")
-    _check_apart(target, source, "checkpoint")
+    check_apart(target, source, "checkpoint")
     if os.path.ismount(target):
         raise ChatGLMError(target, "output", "a mount point, which cannot be renamed to", "a folder in it")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ChatGLMError(target, "output", "not empty", "a new or empty folder, or --overwrite")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise ChatGLMError(target, "output", "not empty", "a new or empty folder, or --overwrite")
+        if not is_converted(target):
+            wanted = "one that is new, empty, or a converted folder to be replaced"
+            raise ChatGLMError(target, "output", "a folder of something else", wanted)
+        if target.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise ChatGLMError(target, "output", "the current folder, which cannot be replaced", "another folder")
 
 
-def _check_apart(target: Path, folder: Path, name: str) -> None:
-    """The output takes the place of everything that is where it will be."""
+def check_apart(target: Path, folder: Path, name: str) -> None:
+    """Raises ChatGLMError for a folder or file of what is read that the output would take the place of."""
     if target.resolve() == folder.resolve():
         raise ChatGLMError(target, "output", f"the {name} itself", "another folder")
     if target.resolve() in folder.resolve().parents:

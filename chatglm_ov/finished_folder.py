@@ -7,6 +7,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import ENOTEMPTY
 from glob import escape
 from pathlib import Path
 
@@ -33,7 +34,6 @@ def finished_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
         partial.mkdir()
         yield partial
         _put_in_place(partial, target, overwrite)
@@ -52,15 +52,20 @@ def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
         target.rename(replaced)
         partial.rename(target)
         shutil.rmtree(replaced, ignore_errors=True)
+    elif target.exists():
+        # Somebody may be in that folder, so it stays; what makes it a finished one comes last.
+        if any(target.iterdir()):
+            raise OSError(ENOTEMPTY, "not empty any more: another conversion was faster")
+        for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == "config.json"):
+            entry.rename(target / entry.name)
     else:
         # Fails where another conversion was faster.
-        if target.exists():
-            target.rmdir()
         partial.rename(target)
 
 
-def _remove_leftovers(target: Path) -> None:
+def remove_leftovers(target: Path) -> None:
     """Folders of conversions to `target` that were killed."""
+    target = target.resolve()
     prefix = f".{target.name}.partial-"
     for folder in target.parent.glob(escape(prefix) + "*"):
         if not _owner_runs(folder, folder.name.removeprefix(prefix).partition("-")[0]):

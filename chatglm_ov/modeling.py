@@ -228,6 +228,9 @@ def _generation_config(folder: Path, architecture: ArchitectureConfig) -> Genera
             seen = f"unusable ({str(error).splitlines()[0]})"
             raise ChatGLMError(path, "contents", seen, "the fields of a GenerationConfig") from error
     for name in _TOKEN_IDS:
-        if getattr(config, name) is None:
+        ids = getattr(config, name)
+        if not all(isinstance(index, int) for index in (ids if isinstance(ids, list) else [ids or 0])):
+            raise ChatGLMError(path, name, repr(ids), "a token id or a list of them")
+        if ids is None:
             setattr(config, name, getattr(architecture, name))
     return config

@@ -15,7 +15,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import PROGRAM, Run, checkpoint, copy_of, finish, make_checkpoint, names, run, spawn, wait_for  # noqa: F401
+from command_line import (  # noqa: F401
+    PROGRAM,
+    Run,
+    checkpoint,
+    converted,
+    copy_of,
+    finish,
+    make_checkpoint,
+    names,
+    run,
+    spawn,
+    wait_for,
+)
 
 from chatglm_ov import conversion, finished_folder
 from chatglm_ov.presets import config_json
@@ -55,9 +67,72 @@ def test_refuses_a_folder_in_use_unless_told_to_overwrite(checkpoint: Path, tmp_
     assert run("convert", checkpoint, target).error == (
         f"{target}: output is not empty, expected a new or empty folder, or --overwrite"
     )
+    told = run("convert", checkpoint, target, "--overwrite").error
+    assert told.startswith(f"{target}: output is a folder of something else, expected one that is new, empty, or a")
     assert names(target) == ["diary.txt"]
+    (target / "diary.txt").unlink()
+    assert run("convert", checkpoint, target, "--weight-format", "f32").code == 0
     assert run("convert", checkpoint, target, "--overwrite", "--weight-format", "bf16").code == 0
     assert names(target) == sorted([*SIDE_FILES, "bf16"])
+
+
+@pytest.mark.parametrize("option", ["--calibration", "--layer-formats", "--lora", "--p-tuning"])
+def test_refuses_to_replace_what_it_reads(checkpoint: Path, tmp_path: Path, run: Run, option: str) -> None:
+    target = tmp_path / "out"
+    assert run("convert", checkpoint, target, "--weight-format", "f32").code == 0
+    mine = target / "mine.txt"
+    mine.write_text("{}")
+    told = run("convert", checkpoint, target, "--overwrite", "--weight-format", "int4", option, mine).error
+    assert f"{target}: output is a folder that the " in told
+    assert mine.exists()
+
+
+def test_refuses_to_replace_the_current_folder(
+    checkpoint: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shell would be left in a folder that is gone. An empty one is filled."""
+    monkeypatch.chdir(tmp_path)
+    before = tmp_path.stat().st_ino
+    done = run("convert", checkpoint, ".", "--weight-format", "f32")
+    assert done.code == 0 and "written to .\n" in done.out and "f32 " in done.out
+    assert tmp_path.stat().st_ino == before and names(tmp_path) == sorted([*SIDE_FILES, "f32"])
+    told = run("convert", checkpoint, "../" + tmp_path.name, "--overwrite").error
+    assert "output is the current folder, which cannot be replaced" in told
+    assert names(tmp_path) == sorted([*SIDE_FILES, "f32"])
+
+
+def test_a_converted_folder_is_no_checkpoint(converted: Path, tmp_path: Path, run: Run) -> None:
+    told = run("convert", converted, tmp_path / "out").error
+    assert told == f"{converted}: checkpoint is a converted folder, expected the folder that it was made of"
+
+
+@pytest.mark.parametrize("contents", ["", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"])
+def test_a_tokenizer_that_is_not_there_yet(checkpoint: Path, tmp_path: Path, run: Run, contents: str) -> None:
+    source = copy_of(checkpoint, tmp_path / "source")
+    (source / "tokenizer.model").write_text(contents)
+    told = run("convert", source, tmp_path / "out").error
+    assert told.startswith(f"{source / 'tokenizer.model'}: ") and "the real file" in told
+    assert names(tmp_path) == ["source"]
+
+
+def test_a_calibration_makes_int4(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("床前明月光，疑是地上霜。" * 400)
+    given = ("convert", checkpoint, tmp_path / "out", "--awq", "--calibration", text, "--calibration-tokens", 512)
+    assert run(*given).code == 0
+    assert names(tmp_path / "out") == sorted([*SIDE_FILES, "int4"])
+    assert run(*given, "--weight-format", "int8").error == "--awq: weight formats is int8, expected int4 among them"
+
+
+def test_a_link_stands_for_the_device_that_takes_unwanted_weights(checkpoint: Path, tmp_path: Path) -> None:
+    """OpenVINO removes the file of weights where it cannot write the graph: as root that was /dev/null itself."""
+    from chatglm_ov.weights import ir
+
+    with ir._nowhere(tmp_path / "nowhere") as path:
+        assert path.is_symlink() and path.resolve() == Path(os.devnull)
+        path.write_bytes(b"weights")
+        path.unlink()
+    assert names(tmp_path) == [] and Path(os.devnull).is_char_device()
 
 
 def test_rope_ratio_meaning_is_kept(checkpoint: Path, tmp_path: Path, run: Run) -> None:
@@ -159,7 +234,7 @@ def test_output_that_is_a_file(checkpoint: Path, tmp_path: Path, run: Run) -> No
 def test_too_little_disk_space_is_told_before_anything_is_written(
     checkpoint: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = size(conversion.plan_conversion(checkpoint).disk_bytes)
+    needed = size(conversion.plan_conversion(checkpoint).disk_bytes + (8 << 20))
     usage = finished_folder.psutil.disk_usage(tmp_path)._replace(free=500_000)
     monkeypatch.setattr(finished_folder.psutil, "disk_usage", lambda path: usage)
     told = run("convert", checkpoint, tmp_path / "out").error

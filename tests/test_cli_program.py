@@ -104,6 +104,28 @@ def test_help_does_not_load_the_libraries() -> None:
     assert finish(spawn(sys.executable, "-c", code)).code == 0
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_fault(closed: str) -> None:
+    done = subprocess.run(f"{PROGRAM[0]} info --json {closed}", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_is_logged_to_a_reader_that_went_away_is_no_error() -> None:
+    """The plan of a conversion, by a handler of `logging`, which prints a traceback of its own otherwise."""
+    script = (
+        "import logging, os, sys\n"
+        "from chatglm_ov.cli.convert import shown_log\n"
+        "from chatglm_ov.cli.program import Parser, execute\n"
+        "def command(arguments):\n"
+        "    os.close(1)\n"
+        "    with shown_log():\n"
+        "        logging.getLogger('chatglm_ov').info('x')\n"
+        "raise SystemExit(execute(Parser(prog='p'), [], command))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "p: error: Bad file descriptor\n")
+
+
 def test_a_reader_that_went_away_is_no_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -56,6 +56,9 @@ def test_a_text_is_one_document(suffix: str, tokenizer, tmp_path: Path) -> None:
     (document,) = Source(path).documents(tokenizer)
     assert document.given == tuple(tokenizer.encode("")) and document.given
     assert tokenizer.decode(list(document.ids)) == "床前明月光\n疑是地上霜\n"
+    # Some editors begin a file with a mark of its encoding, which is no part of the text.
+    marked = written(tmp_path / f"marked.txt{suffix}", "\ufeff床前明月光\n疑是地上霜\n")
+    assert Source(marked).documents(tokenizer) == [document]
 
 
 @pytest.mark.parametrize("suffix", ["", ".xz"])

@@ -303,8 +303,18 @@ def test_generation_config_of_the_folder_counts(folder):
         config = OVChatGLMForCausalLM.from_pretrained(folder).generation_config
         assert (config.do_sample, config.top_p, config.eos_token_id) == (True, 0.8, 7)
         assert config.pad_token_id is not None
-        path.write_text("{")
-        with pytest.raises(ChatGLMError, match=re.escape(str(path))):
-            OVChatGLMForCausalLM.from_pretrained(folder)
+        for wrong in ("{", "[1]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [2, null]}'):
+            path.write_text(wrong)
+            with pytest.raises(ChatGLMError, match=re.escape(str(path))):
+                OVChatGLMForCausalLM.from_pretrained(folder)
     finally:
         path.unlink() if before is None else path.write_text(before)
+
+
+def test_another_object_over_the_weights_of_a_relative_path(folder, monkeypatch):
+    """It reads generation_config.json again, wherever the program is by then."""
+    monkeypatch.chdir(folder.parent)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    model = OVChatGLMForCausalLM.from_pretrained(folder.name)
+    monkeypatch.chdir("/")
+    assert OVChatGLMForCausalLM(model.config, model.compiled).generation_config.eos_token_id == [2, 7]

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
         model, tokenizer = open_original(arguments.checkpoint, arguments.trust_remote_code)
         answer_to = ask_original
     else:
-        default = "int8" if os.environ.get("USE_INT8_WEIGHT", "0") not in ("", "0") else "bf16"
+        default = "int8" if os.environ.get("USE_INT8_WEIGHT", "0") not in ("", "0", "false", "no", "off") else "bf16"
         model, tokenizer = open_model(arguments.output, arguments.weight_format or default)
     for prompt in arguments.prompt or PROMPTS:
         answer = answer_to(model, tokenizer, prompt, do_sample=False, max_new_tokens=arguments.max_new_tokens)

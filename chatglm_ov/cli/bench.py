@@ -87,8 +87,9 @@ def run(arguments: argparse.Namespace) -> None:
     )
     session.check()
     report = _measured(session, command_line(arguments))
-    _show(report)
+    # Before anything is shown: whoever reads that may stop reading.
     _write(arguments, report)
+    _show(report)
 
 
 def _source(arguments: argparse.Namespace) -> Source:

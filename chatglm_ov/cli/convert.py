@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         choices=WEIGHT_FORMATS,
         metavar="FORMAT",
-        help=f"any of {', '.join(WEIGHT_FORMATS)} (default: {' '.join(DEFAULT_FORMATS)})",
+        help=f"any of {', '.join(WEIGHT_FORMATS)} (default: {' '.join(DEFAULT_FORMATS)}; with a calibration int4)",
     )
     parser.add_argument(
         "--p-tuning", type=Path, metavar="FOLDER", help="with the trained prefix encoder of a P-Tuning v2 (pre_seq_len)"
@@ -83,15 +83,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from chatglm_ov.conversion import check_apart
+
+    calibration, formats = _calibration(arguments), arguments.weight_format
+    if formats is None:
+        formats = default_formats(arguments.checkpoint) if calibration is None else ("int4",)
+    elif arguments.awq and "int4" not in formats:
+        raise ChatGLMError("--awq", "weight formats", ", ".join(formats), "int4 among them")
+    if arguments.layer_formats is not None:
+        check_apart(arguments.output, arguments.layer_formats, "file of --layer-formats")
     convert_with_report(
         arguments.checkpoint,
         arguments.output,
-        arguments.weight_format or default_formats(arguments.checkpoint),
+        formats,
         ops=arguments.ops,
         lora=arguments.lora,
         p_tuning=arguments.p_tuning,
         choices=_choices(arguments),
-        calibration=_calibration(arguments),
+        calibration=calibration,
         rope_ratio_meaning=arguments.rope_ratio_meaning,
         rope_theta=arguments.rope_theta,
         rope_scaling=arguments.rope_scaling,
@@ -155,11 +164,13 @@ def convert_with_report(
     from chatglm_ov.runtime import weight_formats as formats_in
     from chatglm_ov.sizes import size
 
+    called = called or str(output)
     with shown_log():
         convert(checkpoint, output, weight_formats, **options)
+    output = output.resolve()
     rows = [(name, size(folder_bytes(output / name))) for name in formats_in(output)]
     others = sum(file.stat().st_size for file in output.iterdir() if file.is_file())
-    print(f"written to {called or output}")
+    print(f"written to {called}")
     print_table(("weight format", "size"), [*rows, ("configuration, tokenizer", size(others))])
 
 
@@ -168,10 +179,17 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+class _Printer(logging.StreamHandler):
+    """What cannot be written is an error of the program, as with print()."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
+
+
 @contextmanager
 def shown_log() -> Iterator[None]:
     """What the package logs, above all the plan of a conversion before it starts, goes to the standard output."""
-    log, handler = logging.getLogger("chatglm_ov"), logging.StreamHandler(sys.stdout)
+    log, handler = logging.getLogger("chatglm_ov"), _Printer(sys.stdout)
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)

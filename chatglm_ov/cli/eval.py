@@ -54,13 +54,14 @@ def run(arguments: argparse.Namespace) -> None:
     from chatglm_ov.cli.tables import print_table
 
     report = _report(arguments)
+    # Before anything is shown: whoever reads that may stop reading.
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     sizes = f"{report['documents']} documents, {report['tokens']} tokens"
     print(f"{arguments.data.name}: {sizes}, windows of {report['window']}, stride {report['stride']}")
     if report["reference"] is not None:
         print(f"reference: {report['reference']['folder']}, {report['reference']['weight_format']}")
     print_table(("model", "perplexity", "change", "same first choice", "KL"), map(_row, report["models"]))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _report(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,13 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
 
 def check_output(option: str, file: Path | None) -> None:
     """Raises ChatGLMError for a file that could not be written at the end of a long command."""
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+    if file is None:
+        return
+    folder = file.absolute().parent
+    if file.is_dir() or not folder.is_dir():
         raise ChatGLMError(f"--{option}", "file", str(file), "a file in a folder that is there")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise ChatGLMError(f"--{option}", "file", f"{file}, which cannot be written", "one that can")
 
 
 def prompt_text(text: str) -> str:

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from chatglm_ov.errors import ChatGLMError
@@ -42,6 +43,7 @@ def execute(parser: Parser, argv: Sequence[str] | None, command: Command) -> int
     debug = "--debug" in arguments
     with _ending_signals():
         try:
+            _open_missing_streams()
             _accept_any_text()
             code = command(parser.parse_args(arguments)) or 0
             sys.stdout.flush()
@@ -86,6 +88,13 @@ def _hang_up() -> int:
             os.dup2(null, stream.fileno())
     os.close(null)
     return BROKEN_PIPE
+
+
+def _open_missing_streams() -> None:
+    """A program that was started with closed streams reads nothing, and writes to nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _accept_any_text() -> None:

@@ -77,7 +77,7 @@ class Source:
         """Where an object comes from, and its fields."""
         opened = lzma.open if self.path.suffix == ".xz" else open
         try:
-            with opened(self.path, "rt", encoding="utf-8") as stream:
+            with opened(self.path, "rt", encoding="utf-8-sig") as stream:
                 if ".jsonl" not in self.path.suffixes:
                     yield str(self.path), {self.field: stream.read()}
                     return

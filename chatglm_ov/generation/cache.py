@@ -127,7 +127,7 @@ class Session:
         if self.interrupted(columns):
             return None
         kept = min(columns.in_common(ids, position_ids, prefix), len(ids) - 1)
-        if kept <= (0 if prefix is None else prefix.max() - 1):
+        if kept <= (0 if prefix is None else max(0, prefix.max() - 1)):
             return None
         self.request.truncate(kept)
         columns.crop(kept)

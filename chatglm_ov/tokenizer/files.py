@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.weight_files import refuse_placeholder
 
 FAMILIES = ("chatglm", "chatglm2", "chatglm3", "glm4")
 MARKER = "chatglm_ov_tokenizer"
@@ -131,8 +132,10 @@ def save_tokenizer_files(checkpoint: Path, output: Path, *, family: str | None =
     [] where the checkpoint has no tokenizer.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    if not any((checkpoint / name).is_file() for name in (V1_FILE, MODEL_FILE, FAST_FILE)):
+    found = [checkpoint / name for name in (V1_FILE, MODEL_FILE, FAST_FILE) if (checkpoint / name).is_file()]
+    if not found:
         return []
+    refuse_placeholder(found[0])
     family = detect_family(checkpoint, family)
     config = read_json(checkpoint / CONFIG_FILE)
     config.pop("auto_map", None)
@@ -147,6 +150,7 @@ def save_tokenizer_files(checkpoint: Path, output: Path, *, family: str | None =
     written = []
     for name in names:
         if (checkpoint / name).is_file():
+            refuse_placeholder(checkpoint / name)
             written.append(Path(shutil.copyfile(checkpoint / name, output / name)))
     path = output / CONFIG_FILE
     path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,8 @@ decompression on the Convert of a bf16 weight, without which a plugin folds it t
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -33,11 +35,12 @@ def write_ir(model: ov.Model, weights: WeightsFile, xml_path: Path) -> None:
         name = node.get_friendly_name()
         if node.get_type_name() == "Constant" and name not in weights.entries:
             weights.write(name, node.data)
-    try:
-        ov.serialize(model, str(xml_path), os.devnull)
-    except RuntimeError as error:
-        # All that OpenVINO says of a full disk.
-        raise OSError(f"{xml_path.name}: {error}") from error
+    with _nowhere(xml_path.with_suffix(".nowhere")) as unwanted:
+        try:
+            ov.serialize(model, str(xml_path), str(unwanted))
+        except RuntimeError as error:
+            # All that OpenVINO says of a full disk.
+            raise OSError(f"{xml_path.name}: {error}") from error
     tree = ElementTree.parse(xml_path)
     for layer in tree.iter("layer"):
         if layer.get("type") == "Const":
@@ -45,6 +48,20 @@ def write_ir(model: ov.Model, weights: WeightsFile, xml_path: Path) -> None:
         elif layer.get("type") == "Convert" and str(layer.get("name")).endswith(DECOMPRESSION_SUFFIX):
             _mark_decompression(layer)
     tree.write(xml_path, encoding="utf-8", xml_declaration=True)
+
+
+@contextmanager
+def _nowhere(path: Path) -> Iterator[Path]:
+    """Where OpenVINO writes the weights once more, which nobody wants. It removes the file of that name when it fails:
+    here a link, and not the device that is behind it."""
+    if os.name != "posix":
+        yield Path(os.devnull)
+        return
+    path.symlink_to(os.devnull)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def read_description(xml_path: Path) -> dict[str, str]:
