@@ -129,14 +129,26 @@ class Request:
             self._write(inputs)
             # What comes out is copied once, below.
             self.infer_request.infer(share_outputs=True)
+            logits = self._logits(inputs)
             self.rows, new = inputs["input_ids"].shape
             self.past_length += new
             self._columns = columns
             self._prefix = 0 if prefix is None else int(prefix.max())
-            return self.infer_request.get_tensor("logits").data.copy()
+            return logits
         except BaseException:
             self.reset()
             raise
+
+    def _logits(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """A copy. With one thread OpenVINO tells of no operation that failed: there are no logits then."""
+        logits = self.infer_request.get_tensor("logits").data
+        batch, new = inputs["input_ids"].shape
+        wanted = (batch, min(new, int(inputs["logits_to_keep"][0]) or new))
+        if logits.shape[:2] != wanted:
+            raise ChatGLMError(
+                "infer", "logits", f"of shape {list(logits.shape)}", f"{[*wanted, 'vocabulary']}: failed"
+            )
+        return logits.copy()
 
     def _write(self, inputs: dict[str, np.ndarray]) -> None:
         """Copies the inputs into the tensors that OpenVINO made for this request, as `infer` does with more ado. Not

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -369,3 +370,46 @@ def test_a_level_that_is_not_there(level: str, whole_fused_folder: Path, tmp_pat
     assert told in in_another_process(LOAD, whole_fused_folder, CHATGLM_OV_ISA=level).out
     done = in_another_process(CONVERT, V2.checkpoint, tmp_path / "out", CHATGLM_OV_ISA=level)
     assert told in done.err and not (tmp_path / "out").exists()
+
+
+@without_library
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_operation_that_fails_is_told_with_any_number_of_threads(whole_fused_folder: Path, threads: int):
+    """OpenVINO itself says nothing with one thread."""
+    model = load_model(whole_fused_folder, properties={"INFERENCE_NUM_THREADS": threads})
+    request = model.create_request()
+    request.cache.allocate(1, 1, keep=False)
+    request.cache.prepare = lambda *columns: None
+    ids = np.ones((1, 50), np.int64)
+    with pytest.raises((ChatGLMError, RuntimeError), match=r"logits is of shape|wanted at most 32"):
+        request.infer(ids, ids, np.arange(50)[None], np.zeros(1), logits_to_keep=1)
+    assert request.past_length == 0
+
+
+LOCALE = """
+import locale, sys
+import numpy as np
+from chatglm_ov.runtime import load_model
+
+if sys.argv[2]:
+    locale.setlocale(locale.LC_ALL, sys.argv[2])
+    assert locale.localeconv()["decimal_point"] == ","
+request = load_model(sys.argv[1]).create_request()
+ids = np.arange(8)[None]
+logits = request.infer(ids, np.ones_like(ids), ids, np.zeros(1))
+np.save(sys.argv[3], logits)
+"""
+
+
+@without_library
+def test_numbers_do_not_depend_on_the_locale(whole_fused_folder: Path, tmp_path: Path):
+    """Programs with windows, among others, set one in which a comma stands for the point."""
+    made = shutil.which("localedef") and subprocess.run(
+        ["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8"], capture_output=True
+    )
+    if not made or not (tmp_path / "de_DE.UTF-8").exists():
+        pytest.skip("localedef, or what it makes locales of, is not there")
+    for name, file in (("", "point.npy"), ("de_DE.UTF-8", "comma.npy")):
+        command = [sys.executable, "-c", LOCALE, whole_fused_folder, name, tmp_path / file]
+        subprocess.run(command, check=True, env={**os.environ, "LOCPATH": str(tmp_path)})
+    np.testing.assert_array_equal(np.load(tmp_path / "comma.npy"), np.load(tmp_path / "point.npy"))
