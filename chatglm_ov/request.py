@@ -145,9 +145,8 @@ class Request:
         batch, new = inputs["input_ids"].shape
         wanted = (batch, min(new, int(inputs["logits_to_keep"][0]) or new))
         if logits.shape[:2] != wanted:
-            raise ChatGLMError(
-                "infer", "logits", f"of shape {list(logits.shape)}", f"{[*wanted, 'vocabulary']}: failed"
-            )
+            seen = f"of shape {list(logits.shape)}: an operation has failed"
+            raise ChatGLMError("infer", "logits", seen, f"{[*wanted, self.config.vocab_rows]}")
         return logits.copy()
 
     def _write(self, inputs: dict[str, np.ndarray]) -> None:

@@ -115,7 +115,11 @@ def load_model(
     ops = model.get_rt_info(["chatglm_ov", "ops"]).astype(str)
     advise_huge_pages(model, path.with_suffix(".bin").stat().st_size)
     own = _fused_properties if ops == "fused" else _stock_properties
-    compiled = _compile(model, device, {**own(model, settings, device), **(properties or {})})
+    try:
+        ours = own(model, settings, device)
+    except RuntimeError as error:
+        raise ChatGLMError(path, "IR", f"damaged ({_last_line(error)})", "an IR as `convert` writes it") from error
+    compiled = _compile(model, device, {**ours, **(properties or {})})
     cache_format = settings.cache_format if ops == "fused" else _plugin_cache_format(compiled, settings)
     return CompiledModel(config, weight_format, model, compiled, ops, cache_format, TrainedPrefix.load(folder, config))
 
