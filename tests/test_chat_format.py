@@ -11,9 +11,11 @@ from chatglm_ov.chat import chat_format_for
 from chatglm_ov.chat.chatglm import ChatGLMFormat
 from chatglm_ov.chat.chatglm2 import ChatGLM2Format
 from chatglm_ov.chat.chatglm3 import ChatGLM3Format
+from chatglm_ov.chat.glm import GLMFormat
 from chatglm_ov.chat.glm4 import GLM4Format
 from chatglm_ov.chat.shortening import shortened
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.generation.stop_strings import StopStrings
 from chatglm_ov.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.transformers_matrix
@@ -158,6 +160,31 @@ def test_glm4_tool_call(content, response):
     found, history = GLM4Format().process_response(f"track\n{content}", "q", TOOL_HISTORY)
     assert found == response
     assert history[-1] == {"role": "assistant", "metadata": "track", "content": content}
+
+
+@pytest.mark.parametrize(
+    ("chat", "output", "stop", "kept"),
+    [
+        (ChatGLM3Format(), "\n 床前明月光\n疑是地上霜", "\n", "\n 床前明月光"),
+        (GLM4Format(), "\n床前明月光。疑是。", "。", "\n床前明月光"),
+        (ChatGLM2Format(), " 春眠 不觉晓", " ", " 春眠"),
+        (ChatGLMFormat(), "你好,世界.再见", "，", "你好"),
+        (ChatGLMFormat(), "see a,b", "，", "see a,b"),
+        (GLMFormat(), "<think>\nWell. Now.</think>\n\nYes. No.", ".", "<think>\nWell. Now.</think>\n\nYes"),
+        (GLMFormat("\n<think>"), "Well. Now.</think>\nYes. No.", ".", "Well. Now.</think>\nYes"),
+        (GLMFormat("\n<think>"), "Well. Now.", ".", "Well. Now."),
+        (GLMFormat(), "Well. Now.", ".", "Well"),
+    ],
+)
+def test_a_stop_text_is_looked_for_in_the_answer_as_it_is_told(chat, output, stop, kept):
+    ends = StopStrings(["@", stop], chat.split)
+    assert ends.cut(output) == kept
+    assert ends.complete(output) == (kept != output)
+    response, _ = chat.process_response(kept, "q")
+    for end in range(len(output) + 1):
+        certain = ends.certain(chat.certain(output[:end]))
+        told, _ = chat.process_response(certain, "q")
+        assert response.startswith(told.strip()), (certain, told)
 
 
 def pairs(count: int) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from golden_sets import ROOTS
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert, load_tokenizer
 from chatglm_ov.chat import chat_format_for
@@ -248,6 +248,28 @@ def test_settings_are_the_originals_unless_told(case):
     # Without sampling its parameters say nothing, and the library warns of them.
     plain = _settings(chat, case.tokenizer, 10, {"do_sample": False}, config)
     assert (plain["top_p"], plain["temperature"]) == (1.0, 1.0)
+
+
+def test_a_config_of_the_call_counts(case):
+    told = {"do_sample": False, "max_new_tokens": 3}
+    wanted = case.model.chat(case.tokenizer, "ab", **told)
+    assert case.model.chat(case.tokenizer, "ab", generation_config=GenerationConfig(**told)) == wanted
+    longer = GenerationConfig(do_sample=False)
+    assert case.model.chat(case.tokenizer, "ab", generation_config=longer, max_new_tokens=3) == wanted
+    chat = chat_format_for(case.tokenizer)
+    limit = case.model.config.max_position_embeddings if hasattr(case.model.config, "max_position_embeddings") else 4096
+    settings = _settings(chat, case.tokenizer, 9, {"generation_config": longer}, case.model.config)
+    assert settings["max_length"] == min(limit, chat.defaults.max_length)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("return_dict_in_generate", True), ("num_return_sequences", 2), ("streamer", object()), ("max_new_tokens", 0)],
+)
+def test_what_is_not_one_answer_is_refused(case, option, value):
+    for ask in (case.model.chat, lambda *call, **options: next(case.model.stream_chat(*call, **options))):
+        with pytest.raises(ChatGLMError, match=f"chat: {option} is"):
+            ask(case.tokenizer, "ab", **{option: value})
 
 
 def test_sampling_is_the_default_and_follows_the_seed(case):

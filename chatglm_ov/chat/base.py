@@ -76,6 +76,12 @@ class ChatFormat(ABC):
     def round_starts(self, history: Sequence) -> list[int]:
         """Where in the history its rounds begin: a question and what came of it. A system message stands before."""
 
+    def split(self, text: str) -> tuple[str, str]:
+        """Of an output, finished or not: what stands before the answer, and the answer with its own characters. What
+        ends an answer by its text is looked for in the second."""
+        answer = text.lstrip()
+        return text[: len(text) - len(answer)], answer
+
     def certain(self, text: str) -> str:
         """The part of an unfinished answer that what follows cannot make into something else."""
         return text

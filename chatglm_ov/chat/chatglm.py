@@ -27,6 +27,9 @@ class ChatGLMFormat(RoundsFormat):
         ]
         return "".join(rounds) + f"[Round {len(history)}]\n问：{query}\n答："
 
+    def split(self, text: str) -> tuple[str, str]:
+        return "", self.clean(text)
+
     def clean(self, output: str) -> str:
         response = output.strip().replace("[[训练时间]]", "2023年")
         for narrow, wide in _WIDE.items():

@@ -57,6 +57,15 @@ class GLMFormat(GLM4Format):
         thinking, _, answer = text.partition(END_THINK)
         return thinking.strip(), answer
 
+    def split(self, text: str) -> tuple[str, str]:
+        """Thinking is no part of the answer, which may be still to come."""
+        thinking, answer = self._split(text)
+        if thinking is None:
+            return super().split(text)
+        before = text[: len(text) - len(answer)]
+        space, answer = super().split(answer)
+        return before + space, answer
+
     def metadata_and_content(self, part: str, names: set[str]) -> tuple[str, str]:
         return named_call(part, names)
 

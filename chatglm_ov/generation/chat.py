@@ -7,13 +7,15 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from chatglm_ov.chat import ChatFormat, chat_format_for
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation.stop_strings import StopStrings
 from chatglm_ov.generation.stream import stream_tokens
 from chatglm_ov.tokenizer import TextStream
+
+_ONE_ANSWER = {"num_return_sequences": 1, "return_dict_in_generate": False}
 
 
 class ChatMixin:
@@ -38,7 +40,7 @@ class ChatMixin:
         stops = self.stop_ids(chat, tokenizer, options)
         settings = _settings(chat, tokenizer, len(ids), {**options, "eos_token_id": stops}, self.config)
         output = self.generate(torch.tensor([ids]), **settings)  # type: ignore[attr-defined]
-        ends = StopStrings(options.get("stop_strings"))
+        ends = StopStrings(options.get("stop_strings"), chat.split)
         return chat.answer(tokenizer, output[0, len(ids) :].tolist(), query, history, role, stops, ends.cut)
 
     def stream_chat(
@@ -50,14 +52,14 @@ class ChatMixin:
         chat, ids = _prompt(tokenizer, query, history, role)
         stops, stream = self.stop_ids(chat, tokenizer, options), TextStream(tokenizer)
         settings = _settings(chat, tokenizer, len(ids), {**options, "eos_token_id": stops}, self.config)
-        ends = StopStrings(options.get("stop_strings"))
+        ends = StopStrings(options.get("stop_strings"), chat.split)
 
         def answers() -> Iterator[tuple[Any, list]]:
             text, told = "", None
             with closing(stream_tokens(self, torch.tensor([ids]), **settings)) as tokens:  # type: ignore[type-var]
                 for token in tokens:
                     text += "" if token in stops else stream.put(token)
-                    certain = chat.certain(ends.certain(text))
+                    certain = ends.certain(chat.certain(text))
                     if certain and certain != told:
                         yield chat.process_response(certain, query, history, role)
                         told = certain
@@ -87,20 +89,43 @@ def _prompt(tokenizer: Any, query: str, history: Sequence | None, role: str) -> 
 
 
 def _settings(chat: ChatFormat, tokenizer: Any, prompt: int, options: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Arguments of generate() for a prompt of that many tokens: the original's defaults under `options`, and an
-    end that the positions of the model allow."""
+    """Arguments of generate() for a prompt of that many tokens: the original's defaults under `options`, which may have
+    a generation_config, and an end that the positions of the model allow."""
+    for name, wanted in _ONE_ANSWER.items():
+        if options.get(name) not in (None, wanted):
+            raise ChatGLMError("chat", name, options[name], f"{wanted}: generate() gives more than one answer")
+    if options.get("streamer") is not None:
+        raise ChatGLMError("chat", "streamer", type(options["streamer"]).__name__, "none: stream_chat() is a stream")
     given = {name: value for name, value in options.items() if value is not None}
-    settings = {**chat.defaults.as_dict(), "reuse_cache": True, "eos_token_id": chat.stop_token_ids(tokenizer), **given}
-    if not settings["do_sample"]:
+    told = _of_config(given.get("generation_config"))
+    settings = {
+        **(chat.defaults.as_dict() if told is None else {"max_length": chat.defaults.max_length, **told}),
+        **_ONE_ANSWER,
+        "reuse_cache": True,
+        "eos_token_id": chat.stop_token_ids(tokenizer),
+        **given,
+    }
+    if told is None and not settings["do_sample"]:
         settings |= {name: given.get(name, 1.0) for name in ("top_p", "temperature")}
-    ends = StopStrings(settings.pop("stop_strings", None)).criteria(tokenizer, prompt)
+    ends = StopStrings(settings.pop("stop_strings", None), chat.split).criteria(tokenizer, prompt)
     if ends:
         settings["stopping_criteria"] = StoppingCriteriaList([*given.get("stopping_criteria", ()), *ends])
-    if "max_new_tokens" in given:
-        settings["max_length"] = prompt + given["max_new_tokens"]
+    if settings.get("max_new_tokens") is not None:
+        if settings["max_new_tokens"] < 1:
+            raise ChatGLMError("chat", "max_new_tokens", settings["max_new_tokens"], "1 or more")
+        settings["max_length"] = prompt + settings["max_new_tokens"]
     limit = getattr(config, "max_position_embeddings", None) or settings["max_length"]
     settings |= {"max_length": min(settings["max_length"], limit), "max_new_tokens": None}
     if prompt >= settings["max_length"]:
         more = f" (max_length; the model takes {limit})" if settings["max_length"] < limit else ""
         raise ChatGLMError("chat", "prompt", f"{prompt} tokens long", f"fewer than {settings['max_length']}{more}")
     return settings
+
+
+def _of_config(config: GenerationConfig | None) -> dict[str, Any] | None:
+    """The lengths that a config of the call has; what else is in it goes to generate() with it. None without one. 20 is
+    what older releases of transformers have where nothing was said."""
+    if config is None:
+        return None
+    lengths = {"max_length": config.max_length, "max_new_tokens": config.max_new_tokens}
+    return {name: value for name, value in lengths.items() if value is not None and (name, value) != ("max_length", 20)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,45 +10,49 @@ from transformers import StoppingCriteria
 
 from chatglm_ov.errors import ChatGLMError
 
+Split = Callable[[str], tuple[str, str]]
+
 
 class StopStrings:
-    """They are no part of the answer, nor is what the token that completes one of them brings behind it."""
+    """They are no part of the answer, nor is what the token that completes one of them brings behind it. `split`: what
+    stands before the answer in an output, and the answer, where alone they are looked for."""
 
-    def __init__(self, texts: str | Sequence[str] | None):
+    def __init__(self, texts: str | Sequence[str] | None, split: Split = lambda text: ("", text)):
         self._texts = [texts] if isinstance(texts, str) else list(texts or ())
         if not all(isinstance(text, str) and text for text in self._texts):
             raise ChatGLMError("stop_strings", "value", repr(texts), "a text or a list of texts, none of them empty")
+        self._split = split
 
     def criteria(self, tokenizer: Any, prompt: int) -> list[StoppingCriteria]:
         """What ends `generate()` when one of them is complete behind a prompt of so many tokens. That of transformers
         looks at every token of the vocabulary first, and some releases fail at ids that have none."""
-        return [_Completed(self, tokenizer, prompt, max(map(_bytes, self._texts)))] if self._texts else []
+        return [_Completed(self, tokenizer, prompt)] if self._texts else []
+
+    def complete(self, text: str) -> bool:
+        """Whether one of them is in the answer."""
+        answer = self._split(text)[1]
+        return any(stop in answer for stop in self._texts)
 
     def cut(self, text: str) -> str:
         """What stands before the first of them."""
-        found = [at for at in map(text.find, self._texts) if at >= 0]
-        return text[: min(found)] if found else text
+        if not self.complete(text):
+            return text
+        before, answer = self._split(text)
+        return before + answer[: min(at for at in map(answer.find, self._texts) if at >= 0)]
 
     def certain(self, text: str) -> str:
         """What of an unfinished answer is before the first of them whatever follows: without a beginning at its end."""
-        cut = self.cut(text)
-        if cut != text:
-            return cut
-        begun = (n for stop in self._texts for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        if self.complete(text):
+            return self.cut(text)
+        answer = self._split(text)[1]
+        begun = (n for stop in self._texts for n in range(1, len(stop)) if answer.endswith(stop[:n]))
         return text[: len(text) - max(begun, default=0)]
 
 
-def _bytes(text: str) -> int:
-    return len(text.encode())
-
-
 class _Completed(StoppingCriteria):
-    """Looks at the last tokens of each row, of which most are more than a byte."""
-
-    def __init__(self, stops: StopStrings, tokenizer: Any, prompt: int, nbytes: int):
-        self._stops, self._tokenizer, self._prompt, self._tokens = stops, tokenizer, prompt, nbytes + 8
+    def __init__(self, stops: StopStrings, tokenizer: Any, prompt: int):
+        self._stops, self._tokenizer, self._prompt = stops, tokenizer, prompt
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        ends = input_ids[:, max(self._prompt, input_ids.shape[1] - self._tokens) :].tolist()
-        texts = [self._tokenizer.decode(end) for end in ends]
-        return torch.tensor([self._stops.cut(text) != text for text in texts])
+        texts = map(self._tokenizer.decode, input_ids[:, self._prompt :].tolist())
+        return torch.tensor([self._stops.complete(text) for text in texts])
