@@ -34,6 +34,7 @@ def finished_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target)
         partial.mkdir()
         yield partial
         _put_in_place(partial, target, overwrite)

@@ -135,6 +135,7 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         cache: StateCache | None = None,
+        labels: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of the next token after each column, float32 [B, L, V], and the cache.
 
@@ -144,7 +145,8 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         sequence; the cache that the last call returned continues it; `cache` is its name from transformers 5.24 on.
         `logits_to_keep` n > 0: the last n only.
         `prompt_copies` n: each row is computed and stored once, and stands for n rows of the result and of the cache.
-        Long inputs are computed in pieces; `prompt_progress` is told of them.
+        Long inputs are computed in pieces; `prompt_progress` is told of them. `labels` int64 [B, L], -100 where there
+        is none: the loss is the mean of -ln p of each but the first, as the column before predicts it.
         """
         _refuse(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
@@ -156,7 +158,8 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
             logits = logits.repeat(prompt_copies, axis=0)
             cache.batch_repeat_interleave(prompt_copies)
         handle = cache if use_cache is not False else None
-        output = CausalLMOutputWithPast(logits=torch.from_numpy(logits), **{CACHE_NAME: handle})  # type: ignore[arg-type]
+        loss = None if labels is None else _loss(torch.from_numpy(logits), labels)
+        output = CausalLMOutputWithPast(loss=loss, logits=torch.from_numpy(logits), **{CACHE_NAME: handle})  # type: ignore[arg-type]
         return output.to_tuple() if return_dict is False else output
 
     def _forward(
@@ -215,6 +218,14 @@ def _refuse(**wishes: bool | None) -> None:
     for name, wished in wishes.items():
         if wished:
             raise ChatGLMError("forward", name, True, "False: the compiled model gives logits only")
+
+
+def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    if labels.shape != logits.shape[:2]:
+        raise ChatGLMError(
+            "forward", "labels", f"of shape {list(labels.shape)}", f"{list(logits.shape[:2])}, as logits"
+        )
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 def _generation_config(folder: Path, architecture: ArchitectureConfig) -> GenerationConfig:

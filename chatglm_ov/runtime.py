@@ -104,7 +104,7 @@ def load_model(
     exact; fused operations only. properties: further OpenVINO properties, which win over ours.
     Raises ChatGLMError when the folder does not hold that format, or what it holds cannot run here.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), device.upper()
     config = _converted_config(folder)
     settings = Settings(inference_precision, kv_cache_format, activation_bits)
     weight_format = weight_format or default_weight_format(folder)

@@ -162,6 +162,18 @@ def test_glm4_tool_call(content, response):
     assert history[-1] == {"role": "assistant", "metadata": "track", "content": content}
 
 
+def test_plain_tools_are_functions_to_glm4():
+    messages = [{"role": "user", "content": "q"}]
+    plain, functions = ([tool] for tool in (TOOLS[0], {"type": "function", "function": TOOLS[0]}))
+    chat, tokenizer = GLM4Format(), tokenizer_of("glm4")
+    wanted = chat.conversation_text(tokenizer, messages, functions)
+    assert "## track" in wanted
+    assert chat.conversation_text(tokenizer, messages, plain) == wanted
+    with_system = [{"role": "system", "content": "", "tools": plain}, *messages]
+    assert chat.conversation_text(tokenizer, with_system) == wanted
+    assert plain == TOOLS
+
+
 @pytest.mark.parametrize(
     ("chat", "output", "stop", "kept"),
     [

@@ -124,8 +124,11 @@ def test_positions_beyond_the_table(tmp_path: Path, run: Run) -> None:
     short = tiny(tmp_path, seq_length=32)
     told = run("generate", short, "--prompt", "好" * 100).error
     assert re.search(r"prompt is 1\d\d tokens long, expected fewer than 32", told)
-    told = run("generate", short, "--prompt", "你好", "--raw", "--max-new-tokens", 100).error
+    told = run("generate", short, "--prompt", "好" * 100, "--raw").error
     assert "position" in told and "seq_length 32" in told
+    done = run("generate", short, "--prompt", "你好", "--raw", "--max-new-tokens", 100)
+    prompt = len(load_tokenizer(short)(["你好"])["input_ids"][0])
+    assert done.code == 0 and int(STATS.match(done.err)[1]) == 32 - prompt + 1
 
 
 def test_ids_out_of_the_vocabulary(tmp_path: Path, run: Run) -> None:

@@ -218,6 +218,14 @@ def test_beams_that_end_early_leave_the_others_alone(tmp_path):
         assert tokenizer.decode(row, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def test_a_question_that_begins_with_a_token_of_the_format(case):
+    """In the first generation there is no column before `<sop>` then, and nothing in the cache to go on from."""
+    options = {"do_sample": False, "max_new_tokens": 4}
+    first = case.model.chat(case.tokenizer, "<sop>ab", **options)
+    assert case.model.chat(case.tokenizer, "<sop>ab", **options) == first
+    assert case.model.chat(case.tokenizer, "<sop>cd", **options)[1][-1] != first[1][-1]
+
+
 def test_errors_of_the_other_thread_come_out(case):
     with pytest.raises(ValueError, match="not used by the model"):
         list(case.model.stream_chat(case.tokenizer, "你好", unheard_of=1))

@@ -186,10 +186,13 @@ def _wrong_inputs(model, ids):
     yield {"input_ids": ids.where(ids != ids[0, 0], limit)}, f"a token id {limit}, expected 0 to {limit - 1}"
     yield {"input_ids": ids.where(ids != ids[0, 0], -1)}, "a token id -1"
     yield {"input_ids": ids, "attention_mask": ones}, r"attention_mask: shape is \[1, 6\], expected \[1, 5\]"
-    yield {"input_ids": ids, "attention_mask": ones[:, :5].float()}, "attention_mask: dtype is torch.float32"
+    yield {"input_ids": ids, "attention_mask": ones[:, :5] / 2}, "attention_mask: dtype is torch.float32"
     yield {"input_ids": ids, "attention_mask": ones[:, :5] * 0}, "row 0: tokens is 0"
     yield {"input_ids": ids, "position_ids": ones[:, :3]}, r"position_ids: shape is \[1, 3\]"
-    yield {"input_ids": ids, "past_key_values": DynamicCache()}, "past_key_values: type is DynamicCache"
+    filled = DynamicCache()
+    filled.update(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 0)
+    yield {"input_ids": ids, "past_key_values": filled}, "past_key_values: type is DynamicCache"
+    yield {"input_ids": ids, "labels": ids[:, 1:]}, r"labels is of shape \[1, 4\], expected \[1, 5\]"
     yield {"input_ids": ids, "logits_to_keep": -1}, "logits_to_keep is -1"
     yield {"input_ids": ids, "output_attentions": True}, "output_attentions is True"
     yield {"input_ids": ids, "output_hidden_states": True}, "output_hidden_states is True"
@@ -204,6 +207,22 @@ def test_wrong_inputs_are_named_and_harmless(golden, open_model):
             model(**arguments)
         assert "\n" not in str(caught.value)
     assert torch.equal(model(ids).logits, wanted)
+
+
+@each_golden
+def test_what_other_models_take_is_taken(golden, open_model):
+    """A mask of floats, a cache of transformers with nothing in it, labels."""
+    model, ids = open_model(golden), golden.tensor("p17_input_ids")
+    wanted = model(ids).logits
+    assert torch.equal(model(ids, attention_mask=torch.ones(ids.shape)).logits, wanted)
+    assert torch.equal(model(ids, past_key_values=DynamicCache()).logits, wanted)
+    given = {"input_ids": ids, "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(**given, past_key_values=DynamicCache()), model.generate(**given))
+    labels = ids.clone()
+    labels[:, :5] = -100
+    likely = wanted[0, :-1].log_softmax(-1)[torch.arange(16), ids[0, 1:]]
+    assert abs(float(model(ids, labels=labels).loss + likely[4:].mean())) < 1e-5
+    assert model(ids).loss is None
 
 
 @each_golden

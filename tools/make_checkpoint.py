@@ -30,7 +30,8 @@ SAFETENSORS_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 STEMS = {"safetensors": "model", "bin": "pytorch_model"}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
-TOKENIZER_FILES = ("ice_text.model", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("ice_text.model", "tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 # Options for sizes: the config field of ChatGLM-6B, of the later models in the original layout, and of those of
 # transformers. None: there is no such field.

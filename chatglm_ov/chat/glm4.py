@@ -43,7 +43,10 @@ class GLM4Format(RolesFormat):
             check_tools(tools, "chat")
         # Some templates look for tools in a system message, some for a variable of that name.
         prepared = self.with_tools(messages, tools if _TOOLS_OF_A_MESSAGE.search(source) else None)
-        tools = tools or next((message["tools"] for message in prepared if message.get("tools")), None)
+        for message in prepared:
+            if message.get("tools"):
+                message["tools"] = _as_functions(message["tools"])
+        tools = _as_functions(tools) or next((each["tools"] for each in prepared if each.get("tools")), None)
         if tools and "tools" not in source:
             raise ChatGLMError("chat_template", "tools", "given", "none: the template has no place for them")
         written = [
@@ -72,6 +75,16 @@ class GLM4Format(RolesFormat):
             return json.loads(content)
         except RecursionError as error:
             raise ValueError(content) from error
+
+
+def _as_functions(tools: Any) -> Any:
+    """Plain tools, as ChatGLM3 has them, in the form of the others: the published template writes no more of them than
+    that there are some."""
+    return tools and [{"type": "function", "function": tool} if _is_plain(tool) else tool for tool in tools]
+
+
+def _is_plain(tool: Any) -> bool:
+    return isinstance(tool, dict) and "name" in tool and not {"type", "function"} & set(tool)
 
 
 def named_call(part: str, names: set[str]) -> tuple[str, str]:

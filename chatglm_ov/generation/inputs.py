@@ -137,6 +137,9 @@ def _blocked(mask: np.ndarray, ids: np.ndarray, past: int) -> np.ndarray:
 
 
 def _mask(attention_mask: torch.Tensor) -> np.ndarray:
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.is_floating_point():
+        whole = attention_mask.to(torch.int64)
+        attention_mask = whole if torch.equal(whole.to(attention_mask.dtype), attention_mask) else attention_mask
     return _whole_numbers("attention_mask", attention_mask, bools=True) != 0
 
 

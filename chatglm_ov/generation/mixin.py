@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation import inputs
@@ -71,7 +71,7 @@ class StatefulGenerationMixin(GenerationMixin):
             if value not in (None, neutral):
                 raise ChatGLMError("generate", name, value, f"none: {reason}")
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        cache = one_cache(kwargs)
+        cache = _not_empty(one_cache(kwargs))
         kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
         kwargs |= {} if cache is None else {CACHE_NAME: cache}
         check_assistant(self, kwargs.get("assistant_model"))
@@ -86,6 +86,7 @@ class StatefulGenerationMixin(GenerationMixin):
         if kwargs.pop("reuse_cache", False):
             self._resume(ids, kwargs)
         step = self._first_step(ids, config or self.generation_config, kwargs)
+        self._keep_within_positions(step, ids.shape[1], config or self.generation_config, kwargs)
         kwargs["attention_mask"] = torch.from_numpy(step.keep.astype(np.int64))
         kwargs["position_ids"] = torch.from_numpy(np.array(step.position_ids))
         own_progress = self.prompt_progress
@@ -112,6 +113,20 @@ class StatefulGenerationMixin(GenerationMixin):
         if not step.keep[:, -1].all():
             raise ChatGLMError("attention_mask", "last column", "padding", "a token in each row: pad on the left")
         return step
+
+    def _keep_within_positions(
+        self, step: Step, columns: int, config: GenerationConfig, kwargs: dict[str, Any]
+    ) -> None:
+        """A text that fills the model ends there, as at any other greatest length: the last token is not fed."""
+        limit = self.compiled.config.max_positions
+        if limit is None:
+            return
+        left = max(1, limit - int(step.position_ids[..., -1].max()))
+        asked = {name: kwargs.get(name, getattr(config, name)) for name in ("max_new_tokens", "max_length")}
+        if asked["max_new_tokens"] is not None:
+            kwargs["max_new_tokens"] = min(left, asked["max_new_tokens"])
+        elif asked["max_length"] is not None and asked["max_length"] > columns + left:
+            kwargs["max_length"] = columns + left
 
     def _special_ids(self, config: GenerationConfig, kwargs: dict[str, Any]) -> tuple[int | None, list[int]]:
         """pad_token_id and the end ids that one call of generate() works with: the call's own, those of its config, and
@@ -144,6 +159,7 @@ class StatefulGenerationMixin(GenerationMixin):
 
     def _checked_cache(self, cache: Any) -> StateCache | None:
         """The cache argument if it is the handle of what is in the model now; ChatGLMError for any other."""
+        cache = _not_empty(cache)
         if cache is None:
             return None
         if not isinstance(cache, StateCache):
@@ -252,3 +268,9 @@ class StatefulGenerationMixin(GenerationMixin):
         if generation_config.cache_implementation is not None:
             seen = generation_config.cache_implementation
             raise ChatGLMError("generate", "cache_implementation", repr(seen), "None: the cache is inside the model")
+
+
+def _not_empty(cache: Any) -> Any:
+    """None for a cache of transformers' own with nothing in it, which is how some programs begin."""
+    foreign = isinstance(cache, Cache) and not isinstance(cache, StateCache)
+    return None if foreign and cache.get_seq_length() == 0 else cache
