@@ -103,13 +103,14 @@ def convert(
     fields = _config_fields(source, rope_ratio_meaning, rope_theta, rope_scaling)
     config = parse_config(fields, source / "config.json")
     _warn_of_doubtful_base(config)
-    _check_arguments(source, target, weight_formats, ops, overwrite)
+    _check_arguments(source, target, weight_formats, ops)
     if adapter is not None:
         check_apart(target, adapter, "LoRA")
     if p_tuning is not None:
         check_apart(target, Path(p_tuning), "P-Tuning")
     if calibration is not None:
         check_apart(target, calibration.source.path, "calibration text")
+    _check_replaceable(target, overwrite)
     ops = available_ops(ops)
     with open_checkpoint(source, fields) as stored, with_lora(stored, adapter, config) as merged:
         weights = model_weights(config, merged)
@@ -285,7 +286,7 @@ def is_converted(folder: Path) -> bool:
         return False
 
 
-def _check_arguments(source: Path, target: Path, weight_formats: Sequence[str], ops: str, overwrite: bool) -> None:
+def _check_arguments(source: Path, target: Path, weight_formats: Sequence[str], ops: str) -> None:
     if isinstance(weight_formats, str) or not weight_formats:
         raise ChatGLMError("convert", "weight_formats", repr(weight_formats), f"a list of {', '.join(FORMATS)}")
     for name in weight_formats:
@@ -298,14 +299,19 @@ def _check_arguments(source: Path, target: Path, weight_formats: Sequence[str], 
     check_apart(target, source, "checkpoint")
     if os.path.ismount(target):
         raise ChatGLMError(target, "output", "a mount point, which cannot be renamed to", "a folder in it")
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise ChatGLMError(target, "output", "not empty", "a new or empty folder, or --overwrite")
-        if not is_converted(target):
-            wanted = "one that is new, empty, or a converted folder to be replaced"
-            raise ChatGLMError(target, "output", "a folder of something else", wanted)
-        if target.resolve() in (Path.cwd(), *Path.cwd().parents):
-            raise ChatGLMError(target, "output", "the current folder, which cannot be replaced", "another folder")
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    """An output that is not empty: with `overwrite`, a converted folder that nobody is in."""
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise ChatGLMError(target, "output", "not empty", "a new or empty folder, or --overwrite")
+    if not is_converted(target):
+        wanted = "one that is new, empty, or a converted folder to be replaced"
+        raise ChatGLMError(target, "output", "a folder of something else", wanted)
+    if target.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ChatGLMError(target, "output", "the current folder, which cannot be replaced", "another folder")
 
 
 def check_apart(target: Path, folder: Path, name: str) -> None:
