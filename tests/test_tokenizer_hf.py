@@ -358,6 +358,11 @@ def test_what_a_chat_template_returns(tokenizers, family):
     assert padded["position_ids"][0, ..., :missing].sum() == 0
     cut = tokenizer.apply_chat_template(long, return_dict=False, truncation=True, max_length=4, **template)
     assert cut == ids[:4]
+    shorter = copy.deepcopy(tokenizer)
+    shorter.truncation_side, shorter.model_max_length = "left", 5
+    assert shorter.apply_chat_template(long, return_dict=False, truncation=True, **template) == ids[-5:]
+    assert shorter.apply_chat_template(long, return_dict=False, truncation=True, max_length=4, **template) == ids[-4:]
+    assert shorter.apply_chat_template(long, return_dict=False, **template) == ids
 
 
 @pytest.mark.parametrize("family", ["chatglm3", "glm4"])

@@ -132,7 +132,7 @@ def _models(
 
 def _label(weight_format: str, arguments: argparse.Namespace) -> str:
     parts = [weight_format]
-    if arguments.activation_bits == 8:
+    if arguments.activation_bits == 8 and weight_format in ("int8", "int4"):
         parts.append("8-bit activations")
     if arguments.kv_cache_format is not None:
         parts.append(f"{arguments.kv_cache_format} cache")

@@ -224,8 +224,9 @@ class GLMTokenizer(PreTrainedTokenizer):
         **unused: Any,
     ) -> BatchEncoding:
         """Rows of ids as the tokenizer call would give them for texts, without adding special tokens."""
-        if truncation and max_length is not None:
-            rows = [row[:max_length] for row in rows]
+        if truncation:
+            most = self.model_max_length if max_length is None else max_length
+            rows = [row[-most:] if self.truncation_side == "left" else row[:most] for row in rows]
         if batched or padding:
             encoded = self.pad({"input_ids": rows}, padding=padding, max_length=max_length)
         else:
