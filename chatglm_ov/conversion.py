@@ -126,7 +126,7 @@ def convert(
             log.warning("%s of memory are free: the system may end the conversion", size(free))
         sequences = _sequences(source, config, calibration)
         with ExitStack() as stack:
-            partial = stack.enter_context(finished_or_nothing(target.resolve(), overwrite))
+            partial = stack.enter_context(finished_or_nothing(target.resolve(), overwrite, is_converted(target)))
             _write_side_files(source, partial, fields, config, ops)
             if prefix is not None:
                 prefix.save(partial)
@@ -302,15 +302,15 @@ def _check_arguments(source: Path, target: Path, weight_formats: Sequence[str], 
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
-    """An output that is not empty: with `overwrite`, a converted folder that nobody is in."""
+    """An output that is not empty: with `overwrite`, no folder of another model, and none that somebody is in. A
+    converted folder is replaced; what is in any other stays, beside the new files."""
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
         raise ChatGLMError(target, "output", "not empty", "a new or empty folder, or --overwrite")
-    if not is_converted(target):
-        wanted = "one that is new, empty, or a converted folder to be replaced"
-        raise ChatGLMError(target, "output", "a folder of something else", wanted)
-    if target.resolve() in (Path.cwd(), *Path.cwd().parents):
+    if (target / "config.json").exists() and not is_converted(target):
+        raise ChatGLMError(target, "output", "a folder of another model", "a converted folder, or another place")
+    if is_converted(target) and target.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise ChatGLMError(target, "output", "the current folder, which cannot be replaced", "another folder")
 
 

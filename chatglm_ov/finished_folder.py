@@ -28,16 +28,17 @@ def check_disk(target: Path, nbytes: int, what: str) -> None:
 
 
 @contextmanager
-def finished_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
+def finished_or_nothing(target: Path, overwrite: bool, replace: bool = True) -> Iterator[Path]:
     """A folder beside `target` that takes its name on success and vanishes on any error. overwrite: `target` may be
-    there and not empty. Raises ChatGLMError for what the file system refuses."""
+    there and not empty; replace: it is removed then, with all that is in it, else it stays, with what is not written
+    anew. Raises ChatGLMError for what the file system refuses."""
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target)
         partial.mkdir()
         yield partial
-        _put_in_place(partial, target, overwrite)
+        _put_in_place(partial, target, overwrite, replace)
     except OSError as error:
         raise ChatGLMError(
             target, "output", f"not writable ({error.strerror or error})", "a folder on a disk with room"
@@ -46,19 +47,22 @@ def finished_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _put_in_place(partial: Path, target: Path, overwrite: bool) -> None:
+def _put_in_place(partial: Path, target: Path, overwrite: bool, replace: bool) -> None:
     """The old folder is removed when the new one stands in its place."""
-    if overwrite and target.exists():
+    if overwrite and replace and target.exists():
         replaced = partial.with_name(f"{partial.name}-replaced")
         target.rename(replaced)
         partial.rename(target)
         shutil.rmtree(replaced, ignore_errors=True)
     elif target.exists():
         # Somebody may be in that folder, so it stays; what makes it a finished one comes last.
-        if any(target.iterdir()):
+        if any(target.iterdir()) and not overwrite:
             raise OSError(ENOTEMPTY, "not empty any more: another conversion was faster")
         for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == "config.json"):
-            entry.rename(target / entry.name)
+            old = target / entry.name
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old)
+            entry.replace(old)
     else:
         # Fails where another conversion was faster.
         partial.rename(target)

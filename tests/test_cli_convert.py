@@ -67,13 +67,26 @@ def test_refuses_a_folder_in_use_unless_told_to_overwrite(checkpoint: Path, tmp_
     assert run("convert", checkpoint, target).error == (
         f"{target}: output is not empty, expected a new or empty folder, or --overwrite"
     )
-    told = run("convert", checkpoint, target, "--overwrite").error
-    assert told.startswith(f"{target}: output is a folder of something else, expected one that is new, empty, or a")
-    assert names(target) == ["diary.txt"]
-    (target / "diary.txt").unlink()
-    assert run("convert", checkpoint, target, "--weight-format", "f32").code == 0
+    assert run("convert", checkpoint, target, "--overwrite", "--weight-format", "f32").code == 0
+    assert names(target) == sorted([*SIDE_FILES, "f32", "diary.txt"])
     assert run("convert", checkpoint, target, "--overwrite", "--weight-format", "bf16").code == 0
     assert names(target) == sorted([*SIDE_FILES, "bf16"])
+
+
+def test_what_else_is_in_a_folder_stays(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+    """All but what has the names of the new files; the folder of another model is left alone."""
+    (tmp_path / "bf16").mkdir()
+    for name in ("diary.txt", "bf16/old.bin", "tokenizer.model"):
+        (tmp_path / name).write_text("mine")
+    assert run("convert", checkpoint, tmp_path, "--overwrite", "--weight-format", "bf16").code == 0
+    assert names(tmp_path) == sorted([*SIDE_FILES, "bf16", "diary.txt"])
+    assert "old.bin" not in names(tmp_path / "bf16") and (tmp_path / "tokenizer.model").stat().st_size > 100
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "bert"}')
+    told = run("convert", checkpoint, other, "--overwrite").error
+    assert told == f"{other}: output is a folder of another model, expected a converted folder, or another place"
+    assert names(other) == ["config.json"]
 
 
 @pytest.mark.parametrize("option", ["--calibration", "--layer-formats", "--lora", "--p-tuning"])
