@@ -93,8 +93,8 @@ def convert(
     rope_ratio_meaning: `position` or `base`, where the checkpoint's config.json does not tell (see
     `ChatGLM2Config`). rope_theta: the rotary base of `glm` and `glm4` models where config.json has a wrong one.
     rope_scaling: for contexts that are longer than those the model was trained on, fields as in config.json:
-    {"rope_type": "yarn", "factor": 4.0} (also "linear", "ntk"), not for ChatGLM-6B. overwrite: replace a non-empty
-    `output`. Returns `output`.
+    {"rope_type": "yarn", "factor": 4.0} (also "linear", "ntk"), not for ChatGLM-6B. overwrite: `output` may be
+    there and not empty (see `_check_replaceable`). Returns `output`.
 
     Raises ChatGLMError for anything that is wrong with the arguments, the checkpoint or the disk; then nothing is
     left behind.

@@ -182,6 +182,7 @@ def test_plain_tools_are_functions_to_glm4():
         (ChatGLM2Format(), " 春眠 不觉晓", " ", " 春眠"),
         (ChatGLMFormat(), "你好,世界.再见", "，", "你好"),
         (ChatGLMFormat(), "see a,b", "，", "see a,b"),
+        (ChatGLMFormat(), "see a, b", ", b", "see a"),
         (GLMFormat(), "<think>\nWell. Now.</think>\n\nYes. No.", ".", "<think>\nWell. Now.</think>\n\nYes"),
         (GLMFormat("\n<think>"), "Well. Now.</think>\nYes. No.", ".", "Well. Now.</think>\nYes"),
         (GLMFormat("\n<think>"), "Well. Now.", ".", "Well. Now."),

@@ -265,6 +265,8 @@ def test_a_config_of_the_call_counts(case):
     longer = GenerationConfig(do_sample=False)
     assert case.model.chat(case.tokenizer, "ab", generation_config=longer, max_new_tokens=3) == wanted
     chat = chat_format_for(case.tokenizer)
+    ends = case.model.stop_ids(chat, case.tokenizer, {"generation_config": GenerationConfig(eos_token_id=5)})
+    assert 5 in ends and set(chat.stop_token_ids(case.tokenizer)) < set(ends)
     limit = case.model.config.max_position_embeddings if hasattr(case.model.config, "max_position_embeddings") else 4096
     settings = _settings(chat, case.tokenizer, 9, {"generation_config": longer}, case.model.config)
     assert settings["max_length"] == min(limit, chat.defaults.max_length)

@@ -62,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration-prompt", metavar="TEXT", help="asked before each object, as `eval --prompt` does it"
     )
     parser.add_argument("--calibration-tokens", type=number(int, 1), metavar="N", help="default: 16384")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output folder that is not empty")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a converted folder, or write beside what is in another"
+    )
     parser.add_argument(
         "--rope-ratio-meaning",
         choices=("position", "base"),

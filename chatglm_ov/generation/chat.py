@@ -70,11 +70,12 @@ class ChatMixin:
         return answers()
 
     def stop_ids(self, chat: ChatFormat, tokenizer: Any, options: dict[str, Any]) -> list[int]:
-        """What ends an answer: `eos_token_id` of the options; without it the tokens of the chat format, of
-        generation_config.json and of config.json together."""
+        """What ends an answer: `eos_token_id` of the options; without it the tokens of the chat format, of the options'
+        generation_config or generation_config.json, and of config.json together."""
         if options.get("eos_token_id") is not None:
             return as_list(options["eos_token_id"])
-        ends = [chat.stop_token_ids(tokenizer), self.generation_config.eos_token_id, self.config.eos_token_id]
+        config = options.get("generation_config") or self.generation_config
+        ends = [chat.stop_token_ids(tokenizer), config.eos_token_id, self.config.eos_token_id]
         return list(dict.fromkeys(index for end in ends for index in as_list(end)))
 
 

@@ -123,10 +123,9 @@ class StatefulGenerationMixin(GenerationMixin):
             return
         left = max(1, limit - int(step.position_ids[..., -1].max()))
         asked = {name: kwargs.get(name, getattr(config, name)) for name in ("max_new_tokens", "max_length")}
-        if asked["max_new_tokens"] is not None:
-            kwargs["max_new_tokens"] = min(left, asked["max_new_tokens"])
-        elif asked["max_length"] is not None and asked["max_length"] > columns + left:
-            kwargs["max_length"] = columns + left
+        name, most = ("max_length", columns + left) if asked["max_new_tokens"] is None else ("max_new_tokens", left)
+        if asked[name] is not None and asked[name] > most:
+            kwargs[name] = most
 
     def _special_ids(self, config: GenerationConfig, kwargs: dict[str, Any]) -> tuple[int | None, list[int]]:
         """pad_token_id and the end ids that one call of generate() works with: the call's own, those of its config, and

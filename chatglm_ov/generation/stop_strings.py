@@ -44,9 +44,9 @@ class StopStrings:
         """What of an unfinished answer is before the first of them whatever follows: without a beginning at its end."""
         if self.complete(text):
             return self.cut(text)
-        answer = self._split(text)[1]
-        begun = (n for stop in self._texts for n in range(1, len(stop)) if answer.endswith(stop[:n]))
-        return text[: len(text) - max(begun, default=0)]
+        before, answer = self._split(text)
+        begun = [n for stop in self._texts for n in range(1, len(stop)) if answer.endswith(stop[:n])]
+        return before + answer[: len(answer) - max(begun)] if begun else text
 
 
 class _Completed(StoppingCriteria):
