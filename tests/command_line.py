@@ -83,6 +83,11 @@ def finish(process: subprocess.Popen[str], given: str | None = None, timeout: fl
     return Outcome(process.returncode, out, err)
 
 
+def reader_went_away(*_: object) -> None:
+    """In place of what prints: its reader has closed the pipe."""
+    raise BrokenPipeError
+
+
 def make_checkpoint(folder: Path, fields: dict[str, object]) -> None:
     """A checkpoint with random weights: what tools/make_checkpoint.py writes."""
     path = sys.path.copy()

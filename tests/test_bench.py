@@ -15,7 +15,19 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from command_line import DATA, PROGRAM, Run, checkpoint, converted, finish, names, run, spawn, wait_for  # noqa: F401
+from command_line import (  # noqa: F401
+    DATA,
+    PROGRAM,
+    Run,
+    checkpoint,
+    converted,
+    finish,
+    names,
+    reader_went_away,
+    run,
+    spawn,
+    wait_for,
+)
 from golden_cases import without_library
 from PIL import Image
 
@@ -290,6 +302,16 @@ def test_matplotlib_is_wanted_before_the_work(tmp_path: Path, run: Run, monkeypa
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     told = run("bench", DEMO, "--picture", tmp_path / "bars.png").error
     assert told == "--picture: matplotlib is missing, expected pip install 'chatglm-ov[bench]'"
+
+
+def test_figures_and_picture_are_written_though_nobody_reads_the_tables(
+    converted: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chatglm_ov.cli.tables.print_table", reader_went_away)
+    files = ("figures.json", "bars.png")
+    outputs = ("--json", tmp_path / files[0], "--picture", tmp_path / files[1])
+    assert run("bench", converted, "--weight-format", "int8", *FEW, *outputs).code == 141
+    assert names(tmp_path) == sorted(files)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

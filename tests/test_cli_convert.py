@@ -137,6 +137,13 @@ def test_a_calibration_makes_int4(checkpoint: Path, tmp_path: Path, run: Run) ->
     assert run(*given, "--weight-format", "int8").error == "--awq: weight formats is int8, expected int4 among them"
 
 
+def test_groups_are_those_of_int4(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+    given = ("convert", checkpoint, tmp_path / "out", "--group-size", 32)
+    assert run(*given).error == "--group-size: weight formats is bf16, int8, expected int4 among them"
+    assert names(tmp_path) == []
+    assert run(*given, "--weight-format", "int8", "--lm-head-format", "int4").code == 0
+
+
 def test_a_link_stands_for_the_device_that_takes_unwanted_weights(checkpoint: Path, tmp_path: Path) -> None:
     """OpenVINO removes the file of weights where it cannot write the graph: as root that was /dev/null itself."""
     from chatglm_ov.weights import ir

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import Run, checkpoint, converted, run  # noqa: F401
+from command_line import Run, checkpoint, converted, reader_went_away, run  # noqa: F401
 
 POEMS = [
     {"title": "静夜思", "author": "李白", "text": "床前明月光，疑是地上霜。举头望明月，低头思故乡。"},
@@ -55,6 +55,12 @@ def test_settings_of_the_model_are_told(converted: Path, poems: Path, run: Run) 
     assert "int8, 8-bit activations, int8 cache" in done.out and "1 documents" in done.out
 
 
+def test_weights_without_integers_have_no_bits_of_activations(converted: Path, poems: Path, run: Run) -> None:
+    done = run("eval", converted, "--data", poems, "--weight-format", "bf16", "--limit", 1, "--activation-bits", 8)
+    assert done.code == 0, done.err
+    assert "bf16" in done.out and "8-bit activations" not in done.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -76,3 +82,13 @@ def test_folders_and_files_that_are_not_there(converted: Path, poems: Path, tmp_
     assert "file is missing" in run("eval", converted, "--data", tmp_path / "none.txt").error
     assert str(tmp_path) in run("eval", tmp_path, "--data", poems).error
     assert str(tmp_path) in run("eval", converted, "--data", poems, "--reference", tmp_path).error
+
+
+def test_figures_are_written_though_nobody_reads_the_table(
+    converted: Path, poems: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chatglm_ov.cli.tables.print_table", reader_went_away)
+    done = run("eval", converted, "--data", poems, "--weight-format", "int8", "--json", tmp_path / "figures.json")
+    assert done.code == 141
+    (model,) = json.loads((tmp_path / "figures.json").read_text())["models"]
+    assert model["label"] == "int8"

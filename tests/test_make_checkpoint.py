@@ -157,10 +157,17 @@ def test_config_and_options(tmp_path: Path, main: Main) -> None:
 def test_tokenizer_files_are_copied_without_code(tmp_path: Path, main: Main) -> None:
     source = tmp_path / "tokenizer"
     source.mkdir()
-    for name in ("tokenizer.model", "tokenizer_config.json", "tokenization_chatglm.py", "config.json"):
+    for name in (
+        "tokenizer.model",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenization_chatglm.py",
+        "config.json",
+    ):
         (source / name).write_bytes(name.encode())
     assert main(tmp_path / "out", *tiny("chatglm3-6b"), "--tokenizer", source) == 0
-    assert_holds(tmp_path / "out", "tokenizer.model", "tokenizer_config.json", "config.json", "model.safetensors")
+    copied = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+    assert_holds(tmp_path / "out", *copied, "config.json", "model.safetensors")
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"tokenizer.model"
     assert load_config(tmp_path / "out").num_layers == 2
 

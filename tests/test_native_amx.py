@@ -1,4 +1,5 @@
-"""The kernels of the AMX level on emulated tiles (csrc/kernels/amx/tiles_emulated.h): needs AVX-512 BF16 only."""
+"""The kernels of the AMX level, on emulated tiles (csrc/kernels/amx/tiles_emulated.h), which need AVX-512 BF16 only,
+and where the machine has AMX on its own."""
 
 from __future__ import annotations
 
@@ -125,6 +126,13 @@ def test_tiles_are_released_by_a_kernel():
         native().zero_unconfigured_tile()
 
 
+@pytest.fixture(params=["amx_emulated", "amx"])
+def level(request):
+    if request.param == "amx" and "amx" not in native().present_isa_levels():
+        pytest.skip("this machine has no amx")
+    return request.param
+
+
 # Fully connected
 
 
@@ -240,10 +248,10 @@ def run(isa, layout, payload, x, bits=16, **epilogue):
 
 @pytest.mark.parametrize(("rows", "out_features", "in_features"), SIZES)
 @pytest.mark.parametrize(("fmt", "bits", "group"), FORMATS)
-def test_fully_connected_is_near_the_double_precision_product(fmt, bits, group, rows, out_features, in_features):
+def test_fully_connected_is_near_the_double_precision_product(level, fmt, bits, group, rows, out_features, in_features):
     layout, payload, w = make_weight(fmt, out_features, in_features, group)
     x = make_rows(rows, in_features)
-    y = run("amx_emulated", layout, payload, x, bits)
+    y = run(level, layout, payload, x, bits)
     exact, bound = expected(fmt, layout, payload, w, x, bits)
     assert (np.abs(y - exact) <= bound).all()
 
@@ -252,16 +260,16 @@ def test_fully_connected_is_near_the_double_precision_product(fmt, bits, group, 
     ("fmt", "in_features", "bits"),
     [("bf16", 35, 16), ("bf16", 300, 16), ("int8", 13, 16), ("int8", 579, 16), ("int4", 96, 16), ("int4", 672, 8)],
 )
-def test_columns_that_fill_no_tile(fmt, in_features, bits):
+def test_columns_that_fill_no_tile(level, fmt, in_features, bits):
     layout, payload, w = make_weight(fmt, 50, in_features, 32 if fmt == "int4" else 0)
     x = make_rows(19, in_features)
-    y = run("amx_emulated", layout, payload, x, bits)
+    y = run(level, layout, payload, x, bits)
     exact, bound = expected(fmt, layout, payload, w, x, bits)
     assert (np.abs(y - exact) <= bound).all()
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_int4_becomes_the_nearest_int8(group):
+def test_int4_becomes_the_nearest_int8(level, group):
     """With whole x, whose steps are 1, all that is rounded are weights: each to the nearest multiple of its step, but
     for those so near the middle of two that the multiplier may decide it."""
     layout, payload, w = make_weight("int4", 40, 1152, group)
@@ -274,7 +282,7 @@ def test_int4_becomes_the_nearest_int8(group):
     assert open_ones.mean() < 0.02
     wanted = x @ (nearest * steps).T
     allowed = np.abs(x) @ (open_ones * steps).T + np.abs(x) @ np.abs(nearest * steps).T * 12 * EPS
-    y = run("amx_emulated", layout, payload, x.astype(np.float32), 8)
+    y = run(level, layout, payload, x.astype(np.float32), 8)
     assert (np.abs(y - wanted) <= allowed).all()
 
 
@@ -282,20 +290,20 @@ def test_int4_becomes_the_nearest_int8(group):
     ("rows", "out_features", "in_features"), [*SIZES, (5, 40, 640), (512, 32, 1152), (700, 72, 512)]
 )
 @pytest.mark.parametrize("bits", [16, 8])
-def test_int8_has_the_bits_of_avx512(bits, rows, out_features, in_features):
+def test_int8_has_the_bits_of_avx512(level, bits, rows, out_features, in_features):
     layout, payload, _ = make_weight("int8", out_features, in_features)
     x = make_rows(rows, in_features)
     np.testing.assert_array_equal(
-        run("amx_emulated", layout, payload, x, bits), run("avx512", layout, payload, x, bits), strict=True
+        run(level, layout, payload, x, bits), run("avx512", layout, payload, x, bits), strict=True
     )
 
 
 @pytest.mark.parametrize(("fmt", "bits", "group"), FORMATS)
-def test_a_group_of_pairs_goes_through_all_blocks(fmt, bits, group):
+def test_a_group_of_pairs_goes_through_all_blocks(level, fmt, bits, group):
     """More prepared rows than stay in L2 at once: 16 panels and more keep their sums from block to block."""
     layout, payload, w = make_weight(fmt, 16 * 19, 2304, group)
     x = make_rows(400, 2304)
-    y = run("amx_emulated", layout, payload, x, bits)
+    y = run(level, layout, payload, x, bits)
     exact, bound = expected(fmt, layout, payload, w, x, bits)
     assert (np.abs(y - exact) <= bound).all()
 
@@ -303,7 +311,7 @@ def test_a_group_of_pairs_goes_through_all_blocks(fmt, bits, group):
 @pytest.mark.parametrize(
     ("fmt", "bits", "group"), [("bf16", 16, 0), ("int8", 16, 0), ("int4", 16, 64), ("int4", 8, 128)]
 )
-def test_epilogues(fmt, bits, group):
+def test_epilogues(level, fmt, bits, group):
     layout, payload, w = make_weight(fmt, 96, 384, group)
     x, rng = make_rows(21, 384) / 100, np.random.default_rng(5)
     bias = rng.standard_normal(96).astype(np.float32)
@@ -313,7 +321,7 @@ def test_epilogues(fmt, bits, group):
     residual = rng.standard_normal((21, 40)).astype(np.float32)
 
     y = run(
-        "amx_emulated",
+        level,
         layout,
         payload,
         x,
@@ -325,9 +333,7 @@ def test_epilogues(fmt, bits, group):
     wanted = linear + 0.5 * np.tile(residual, (1, 3))[:, :96]
     assert (np.abs(y - wanted) <= bound + 4 * EPS * (np.abs(wanted) + 5)).all()
 
-    y = run(
-        "amx_emulated", layout, payload, x, bits, bias=bias, activation="silu_gate", y_features=40, residual=residual
-    )
+    y = run(level, layout, payload, x, bits, bias=bias, activation="silu_gate", y_features=40, residual=residual)
     pairs = linear.reshape(21, 3, 2, 16)
     bounds = bound.reshape(21, 3, 2, 16)
     gate, up = pairs[:, :, 0].reshape(21, 48)[:, :40], pairs[:, :, 1].reshape(21, 48)[:, :40]
@@ -340,20 +346,20 @@ def test_epilogues(fmt, bits, group):
 
 
 @pytest.mark.parametrize(("fmt", "bits", "group"), FORMATS)
-def test_a_row_does_not_depend_on_the_other_rows(fmt, bits, group):
+def test_a_row_does_not_depend_on_the_other_rows(level, fmt, bits, group):
     layout, payload, _ = make_weight(fmt, 48, 640, group)
     x = make_rows(40, 640)
     others = make_rows(40, 640, seed=9)
     others[3], others[20] = np.inf, np.nan
     others[[0, 17, 39]] = x[[0, 17, 39]]
-    one, other = (run("amx_emulated", layout, payload, rows, bits)[[0, 17, 39]] for rows in (x, others))
+    one, other = (run(level, layout, payload, rows, bits)[[0, 17, 39]] for rows in (x, others))
     np.testing.assert_array_equal(one, other, strict=True)
 
 
 # Attention
 
 
-def make_cache(head_dim, slots, seed=0):
+def make_cache(level, head_dim, slots, seed=0):
     """Blocks of a bf16 cache, u8 [blocks, block_bytes], that is NaN behind `slots`, and its keys and values."""
     rng = np.random.default_rng(seed)
     layout = native().CacheLayout("bf16", 1, head_dim)
@@ -361,16 +367,16 @@ def make_cache(head_dim, slots, seed=0):
     keys = rng.standard_normal((slots, head_dim)).astype(ml_dtypes.bfloat16).astype(np.float32)
     values = (rng.standard_normal((slots, head_dim)) + 1).astype(ml_dtypes.bfloat16).astype(np.float32)
     for slot in range(slots):
-        native().append("amx_emulated", "bf16", head_dim, blocks[slot // 32], slot % 32, keys[slot], values[slot])
+        native().append(level, "bf16", head_dim, blocks[slot // 32], slot % 32, keys[slot], values[slot])
     return blocks, keys, values
 
 
-def check_attention(query, visible, blocks, keys, values, begin, end):
+def check_attention(level, query, visible, blocks, keys, values, begin, end):
     """Against double precision. Scores: queries are two bfloat16 numbers, off by BF16_EPS^2, and 2 dim products are
     summed. p = exp(score - max) is off by that, by exp's error and by rounding to bfloat16, which also its sum has;
     the context is a sum of p times value over all slots."""
     head_dim = query.shape[1]
-    context, peak, total = native().attend("amx_emulated", "bf16", head_dim, query, visible, blocks, begin, end)
+    context, peak, total = native().attend(level, "bf16", head_dim, query, visible, blocks, begin, end)
     for row, q in enumerate(query.astype(np.float64)):
         seen = slice(begin, max(begin, min(end, visible[row])))
         if seen.start == seen.stop:
@@ -393,54 +399,54 @@ def check_attention(query, visible, blocks, keys, values, begin, end):
 @pytest.mark.parametrize(
     ("rows", "slots"), [(16, 1), (16, 33), (8, 64), (11, 300), (16, 515), (13, 767), (1, 300), (3, 64)]
 )
-def test_attention_is_near_double_precision(head_dim, rows, slots):
-    blocks, keys, values = make_cache(head_dim, slots)
+def test_attention_is_near_double_precision(level, head_dim, rows, slots):
+    blocks, keys, values = make_cache(level, head_dim, slots)
     rng = np.random.default_rng(slots)
     query = (rng.standard_normal((rows, head_dim)) * 2 / np.sqrt(head_dim)).astype(np.float32)
     everything = np.full(rows, slots, np.int64)
-    check_attention(query, everything, blocks, keys, values, 0, slots)
+    check_attention(level, query, everything, blocks, keys, values, 0, slots)
     causal = np.maximum(0, slots - np.arange(rows)[::-1] * 3).astype(np.int64)
     causal[rows // 2] = 0
-    check_attention(query, causal, blocks, keys, values, 0, slots)
-    check_attention(query, causal, blocks, keys, values, slots // 64 * 32, slots)
+    check_attention(level, query, causal, blocks, keys, values, 0, slots)
+    check_attention(level, query, causal, blocks, keys, values, slots // 64 * 32, slots)
 
 
-def test_attention_leaves_out_what_lies_behind_the_end():
+def test_attention_leaves_out_what_lies_behind_the_end(level):
     """Slots from `end` on, and those that no row sees, are NaN."""
-    blocks, keys, values = make_cache(128, 290)
+    blocks, keys, values = make_cache(level, 128, 290)
     query = np.random.default_rng(3).standard_normal((16, 128)).astype(np.float32) / 8
-    check_attention(query, np.full(16, 1000, np.int64), blocks, keys, values, 0, 290)
+    check_attention(level, query, np.full(16, 1000, np.int64), blocks, keys, values, 0, 290)
     damaged = blocks.copy()
     damaged[205 // 32 + 1 :] = 0xFF
-    check_attention(query, np.arange(190, 206, dtype=np.int64), damaged, keys, values, 0, 206)
+    check_attention(level, query, np.arange(190, 206, dtype=np.int64), damaged, keys, values, 0, 206)
 
 
-def test_attention_rows_do_not_depend_on_each_other():
-    blocks, _, _ = make_cache(128, 333)
+def test_attention_rows_do_not_depend_on_each_other(level):
+    blocks, _, _ = make_cache(level, 128, 333)
     rng = np.random.default_rng(4)
     query = rng.standard_normal((16, 128)).astype(np.float32) / 8
     visible = np.arange(318, 334, dtype=np.int64)
-    whole = native().attend("amx_emulated", "bf16", 128, query, visible, blocks, 0, 333)
-    part = native().attend("amx_emulated", "bf16", 128, query[4:14].copy(), visible[4:14].copy(), blocks, 0, 333)
+    whole = native().attend(level, "bf16", 128, query, visible, blocks, 0, 333)
+    part = native().attend(level, "bf16", 128, query[4:14].copy(), visible[4:14].copy(), blocks, 0, 333)
     for one, other in zip(whole, part, strict=True):
         np.testing.assert_array_equal(one[4:14], other)
 
 
-def test_attention_of_steps_merges_to_that_of_all():
+def test_attention_of_steps_merges_to_that_of_all(level):
     """Two ranges, merged, are one: the split of a long cache over threads."""
-    blocks, keys, values = make_cache(64, 600)
+    blocks, keys, values = make_cache(level, 64, 600)
     rng = np.random.default_rng(6)
     query = rng.standard_normal((8, 64)).astype(np.float32) / 4
     visible = np.full(8, 600, np.int64)
-    first = native().attend("amx_emulated", "bf16", 64, query, visible, blocks, 0, 320)
-    second = native().attend("amx_emulated", "bf16", 64, query, visible, blocks, 320, 600)
+    first = native().attend(level, "bf16", 64, query, visible, blocks, 0, 320)
+    second = native().attend(level, "bf16", 64, query, visible, blocks, 320, 600)
     scores = keys.astype(np.float64) @ query.T.astype(np.float64)
     weights = np.exp(scores - scores.max(axis=0))
     expected = (weights / weights.sum(axis=0)).T @ values.astype(np.float64)
     for row in range(8):
         context = first[0][row].copy()
         _, total = native().merge(
-            "amx_emulated", second[0][row].copy(), second[1][row], second[2][row], context, first[1][row], first[2][row]
+            level, second[0][row].copy(), second[1][row], second[2][row], context, first[1][row], first[2][row]
         )
         # As in check_attention with |score| < 64; the sums of 600 slots.
         relative = 2 * (BF16_EPS + np.abs(query[row]).sum() * 5 * BF16_EPS**2 + 1000 * EPS)

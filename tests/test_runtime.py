@@ -215,3 +215,9 @@ def test_default_precision_computes_the_same_model(golden, open_either: Opener):
         for p in ("f32", None)
     )
     assert np.linalg.norm(ours - exact) < 0.1 * np.linalg.norm(exact)
+
+
+def test_device_may_be_written_in_small_letters(open_either: Opener):
+    usual, small = open_either(V2.checkpoint), open_either(V2.checkpoint, device="cpu")
+    prompt = golden_prompt(V2, "p5", usual)
+    np.testing.assert_array_equal(prompt.feed(small.create_request()), prompt.feed(usual.create_request()))

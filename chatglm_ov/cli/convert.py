@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ops", choices=("fused", "stock"), default="fused", help="default: fused, where it is built")
     parser.add_argument(
-        "--group-size", type=int, choices=(128, 64, 32), default=128, help="columns that share a scale in int4"
+        "--group-size", type=int, choices=(128, 64, 32), help="columns that share a scale in int4 (default: 128)"
     )
     parser.add_argument(
         "--lm-head-format", choices=WEIGHT_FORMATS, help="default: as --weight-format, int8 in an int4 model"
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
         ops=arguments.ops,
         lora=arguments.lora,
         p_tuning=arguments.p_tuning,
-        choices=_choices(arguments),
+        choices=_choices(arguments, formats),
         calibration=calibration,
         rope_ratio_meaning=arguments.rope_ratio_meaning,
         rope_theta=arguments.rope_theta,
@@ -128,11 +128,16 @@ def default_formats(checkpoint: Path) -> Sequence[str]:
     return DEFAULT_FORMATS if own is None else (own,)
 
 
-def _choices(arguments: argparse.Namespace) -> FormatChoices:
+def _choices(arguments: argparse.Namespace, formats: Sequence[str]) -> FormatChoices:
     from chatglm_ov.weights.choices import FormatChoices, read_layer_formats
+    from chatglm_ov.weights.formats import GROUP_SIZE
 
     layers = {} if arguments.layer_formats is None else read_layer_formats(arguments.layer_formats)
-    return FormatChoices(arguments.group_size, arguments.lm_head_format, arguments.embedding_format, layers)
+    used = {*formats, arguments.lm_head_format, *layers.values()}
+    if arguments.group_size is not None and "int4" not in used:
+        raise ChatGLMError("--group-size", "weight formats", ", ".join(formats), "int4 among them")
+    group_size = arguments.group_size or GROUP_SIZE
+    return FormatChoices(group_size, arguments.lm_head_format, arguments.embedding_format, layers)
 
 
 def _calibration(arguments: argparse.Namespace) -> Calibration | None:

@@ -207,12 +207,7 @@ class StatefulGenerationMixin(GenerationMixin):
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
     ) -> dict[str, Any]:
         """Append the column of the token just chosen to mask and positions."""
-        cache = outputs.get(CACHE_NAME)
-        if cache is None:
-            # Some releases ask whether there is a cache by the name alone.
-            model_kwargs.pop(CACHE_NAME, None)
-        else:
-            model_kwargs[CACHE_NAME] = cache
+        model_kwargs[CACHE_NAME] = outputs[CACHE_NAME]
         model_kwargs.pop("prompt_copies", None)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
         if mask is not None:
