@@ -267,6 +267,47 @@ def test_tools_argument_of_a_template(v3):
     assert "## track" in text and text.endswith("<|user|>\nq<|assistant|>") and text.count("<|system|>") == 1
 
 
+def get_weather(city: str, days: int = 1):
+    """天气。
+
+    Args:
+        city: 城市的名字
+        days: 天数
+    """
+
+
+def test_python_functions_as_tools(v3):
+    """What transformers' own tokenizers take."""
+    written = {
+        "name": "get_weather",
+        "description": "天气。",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "城市的名字"},
+                "days": {"type": "integer", "description": "天数"},
+            },
+            "required": ["city"],
+        },
+    }
+    messages = [{"role": "user", "content": "q"}]
+    for tokenizer in (v3, tokenizer_of("glm4")):
+        texts = [
+            tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+            for tools in ([get_weather, TOOLS[0]], [written, TOOLS[0]])
+        ]
+        assert texts[0] == texts[1] and "get_weather" in texts[0]
+
+
+@pytest.mark.parametrize(
+    ("tool", "told"),
+    [(lambda city: city, "chat: tools is <lambda> \\(.*docstring"), (print, "chat: tools is print \\(.*type hint")],
+)
+def test_functions_that_cannot_be_described(tool, told, v3):
+    with pytest.raises(ChatGLMError, match=told):
+        v3.apply_chat_template([{"role": "user", "content": "q"}], tools=[tool])
+
+
 def test_template_of_a_folder_without_one():
     tokenizer, chat = copy.copy(tokenizer_of("glm4")), GLM4Format()
     messages = [{"role": "system", "content": "s", "tools": [{"type": "function", "function": TOOLS[0]}]}]

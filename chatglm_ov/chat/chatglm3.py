@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from chatglm_ov.chat.base import ChatDefaults, Message
-from chatglm_ov.chat.roles import ASSISTANT, ROLE_STOPS, RolesFormat
+from chatglm_ov.chat.roles import ASSISTANT, ROLE_STOPS, RolesFormat, as_objects
 
 
 class ChatGLM3Format(RolesFormat):
@@ -41,7 +41,7 @@ class ChatGLM3Format(RolesFormat):
     def _turns(self, messages: Sequence[Message], tools: Any) -> list[tuple[str, str, str]]:
         """(role, metadata, content) of each message; the tools stand as JSON below the system text."""
         turns = []
-        for message in self.with_tools(messages, tools):
+        for message in self.with_tools(messages, as_objects(tools)):
             content = message["content"]
             if message["role"] == "system" and "tools" in message:
                 content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from chatglm_ov.chat.base import ChatDefaults, Message
-from chatglm_ov.chat.roles import ROLE_STOPS, RolesFormat, check_tools
+from chatglm_ov.chat.roles import ROLE_STOPS, RolesFormat, as_objects
 from chatglm_ov.chat.templates import GLM4_TEMPLATE, render, template_of
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.unicode import whole_characters
@@ -39,8 +39,7 @@ class GLM4Format(RolesFormat):
         self, tokenizer: Any, messages: Sequence[Message], tools: Any = None, add_generation_prompt: bool = True
     ) -> str:
         source = template_of(tokenizer) or GLM4_TEMPLATE
-        if tools:
-            check_tools(tools, "chat")
+        tools = as_objects(tools)
         # Some templates look for tools in a system message, some for a variable of that name.
         prepared = self.with_tools(messages, tools if _TOOLS_OF_A_MESSAGE.search(source) else None)
         for message in prepared:

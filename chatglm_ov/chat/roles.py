@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from chatglm_ov.chat.base import ChatFormat, Message, Response, checked_messages, checked_role, checked_text
@@ -69,10 +69,10 @@ class RolesFormat(ChatFormat):
         return {"name": name, "content": content}
 
     def with_tools(self, messages: Sequence[Message], tools: Any) -> list[Message]:
-        """A checked copy of `messages`; `tools` are put into its system message, which is made if there is none."""
+        """A checked copy of `messages`; `tools`, as `as_objects` makes them, are put into its system message, which is
+        made if there is none."""
         checked = checked_messages(messages, "messages")
         if tools:
-            check_tools(tools, "chat")
             if not checked or checked[0]["role"] != "system":
                 checked.insert(0, {"role": "system", "content": self.tools_system_text})
             checked[0]["tools"] = copy.deepcopy(tools)
@@ -87,6 +87,27 @@ class RolesFormat(ChatFormat):
 def _with_question(history: Any, query: Any, role: Any) -> list[Message]:
     question = {"role": checked_role(role), "content": checked_text(query, "chat", "query")}
     return [*checked_messages([] if history is None else history), question]
+
+
+def as_objects(tools: Any) -> Any:
+    """The `tools` of a template as a list of JSON objects. A Python function becomes its name, the types of its
+    arguments and what its docstring says, as transformers reads them. Raises ChatGLMError where that cannot be."""
+    if isinstance(tools, (list, tuple)):
+        tools = [_as_object(tool) if callable(tool) else tool for tool in tools]
+    if tools:
+        check_tools(tools, "chat")
+    return tools
+
+
+def _as_object(function: Callable[..., Any]) -> dict[str, Any]:
+    from transformers.utils import chat_template_utils as of_templates
+
+    try:
+        return of_templates.get_json_schema(function)["function"]
+    except (of_templates.TypeHintParsingException, of_templates.DocstringParsingException) as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        wanted = "a function with type hints, and a docstring that describes each argument"
+        raise ChatGLMError("chat", "tools", f"{name} ({error})", wanted) from None
 
 
 def check_tools(tools: Any, where: str) -> None:
