@@ -9,6 +9,7 @@ import numpy as np
 import openvino as ov
 import openvino.opset15 as opset
 import pytest
+from inference import Inference
 from openvino.op.util import Variable, VariableInfo
 from openvino.utils.node_factory import NodeFactory
 
@@ -40,7 +41,7 @@ def parameter(shape, element_type=np.float32):
 
 def compiled(core, outputs, parameters, sinks=()):
     model = ov.Model([opset.result(o) for o in outputs], list(sinks), list(parameters))
-    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return Inference(core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}))
 
 
 # CacheTable
@@ -52,13 +53,8 @@ def cache_table(core, factory):
         inputs = [parameter([-1, -1], np.int32) for _ in range(3)] + [parameter([-1], np.int32)]
         inputs += [parameter([-1], np.int32)] if prefix else []
         node = factory.create("CacheTable", [i.output(0) for i in inputs], {"prefix": int(prefix)})
-        request = compiled(core, [node.output(i) for i in range(3)], inputs).create_infer_request()
-
-        def run(*arrays):
-            request.infer([np.ascontiguousarray(a, np.int32) for a in arrays])
-            return [request.get_output_tensor(i).data.copy() for i in range(3)]
-
-        return run
+        model = compiled(core, [node.output(i) for i in range(3)], inputs)
+        return lambda *arrays: model([np.ascontiguousarray(a, np.int32) for a in arrays])
 
     return {prefix: build(prefix) for prefix in (False, True)}
 
@@ -225,7 +221,7 @@ def test_fully_connected_with_the_norm_before_it(core, factory, kind, rows):
     behind = factory.create("FullyConnected", [i.output(0) for i in (apart, *rest)], attributes)
     attributes |= {"norm": kind, "norm_eps": 1e-3}
     fused = factory.create("FullyConnected", [i.output(0) for i in (x, *rest, *norms)], attributes)
-    two, one = compiled(core, [behind.output(0), fused.output(0)], [x])([values]).values()
+    two, one = compiled(core, [behind.output(0), fused.output(0)], [x])([values])
     np.testing.assert_array_equal(one, two)
 
 
@@ -271,7 +267,7 @@ def test_a_chain_runs_its_steps(core, factory):
     chained = compiled(core, [chain.output(0), chain.output(1)], [x])
     for rows in (3, 1, 20, 2):
         values = rng.standard_normal((2, rows, 40)).astype(np.float32)
-        for one, two in zip(chained([values]).values(), apart([values]).values(), strict=True):
+        for one, two in zip(chained([values]), apart([values]), strict=True):
             np.testing.assert_array_equal(one, two)
 
 
@@ -321,7 +317,7 @@ def test_constants_of_a_chain_are_no_inputs(core, factory):
     del inputs, chain
     gc.collect()
     for picked in ([[3]], [[0, 49], [7, 7]]):
-        rows, normed = model([np.array(picked, np.int32)]).values()
+        rows, normed = model([np.array(picked, np.int32)])
         np.testing.assert_array_equal(rows, table[picked])
         wanted = table[picked] / np.sqrt((table[picked] ** 2).mean(-1, keepdims=True) + 1e-5) * weight
         np.testing.assert_allclose(normed, wanted, rtol=1e-5)
@@ -502,7 +498,7 @@ class Layer:
         node = factory.create("MultiHeadAttention", inputs, attributes)
         new_cache = cache if in_place else opset.convert(node.output(1), "u8")
         sinks = [opset.assign(rows, table_variable), opset.assign(new_cache, cache_variable)]
-        self.request = compiled(core, [node.output(0)], list(p.values()), sinks).create_infer_request()
+        self.model = compiled(core, [node.output(0)], list(p.values()), sinks)
 
     @staticmethod
     def _variable(name, shape, element_type):
@@ -517,8 +513,7 @@ class Layer:
         arrays = [qkv, np.cos(angles), np.sin(angles), mask, np.zeros((batch, length)), beam_idx]
         arrays += [np.array([*self.capacity, self.block_bytes]), prefix]
         types = [np.float32] * 3 + [np.int32] * 3 + [np.int64, np.int32]
-        self.request.infer([np.ascontiguousarray(a, t) for a, t in zip(arrays, types, strict=True)])
-        return self.request.get_output_tensor(0).data.copy()
+        return self.model([np.ascontiguousarray(a, t) for a, t in zip(arrays, types, strict=True)])[0]
 
 
 def reference(qkv, angles, mask, prefix=None):

@@ -375,13 +375,13 @@ def test_a_level_that_is_not_there(level: str, whole_fused_folder: Path, tmp_pat
 @without_library
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_operation_that_fails_is_told_with_any_number_of_threads(whole_fused_folder: Path, threads: int):
-    """OpenVINO itself says nothing with one thread."""
+    """OpenVINO's `infer` says nothing with one thread."""
     model = load_model(whole_fused_folder, properties={"INFERENCE_NUM_THREADS": threads})
     request = model.create_request()
     request.cache.allocate(1, 1, keep=False)
     request.cache.prepare = lambda *columns: None
     ids = np.ones((1, 50), np.int64)
-    with pytest.raises((ChatGLMError, RuntimeError), match=r"logits is of shape|wanted at most 32"):
+    with pytest.raises(RuntimeError, match="wanted at most 32"):
         request.infer(ids, ids, np.arange(50)[None], np.zeros(1), logits_to_keep=1)
     assert request.past_length == 0
 
