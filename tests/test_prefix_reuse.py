@@ -217,27 +217,21 @@ def test_other_positions_are_another_sequence(open_model, ops):
 
 
 @pytest.mark.parametrize("ops", ["fused", "stock"])
-def test_an_interrupted_call_is_forgotten(open_model, ops):
+def test_an_interrupted_call_is_forgotten(open_model, ops, monkeypatch):
     """Ctrl-C comes when the plugin has done its work, and before we know of it."""
     model, ids = v2(open_model, ops)
     wanted = greedy(model, ids)
     handle, request = model(ids[:, :9]).past_key_values, model.session.request
 
-    class Interrupted:
-        def __getattr__(self, name):
-            return getattr(real, name)
+    def interrupted():
+        execute()
+        raise KeyboardInterrupt
 
-        def infer(self, **options):
-            real.infer(**options)
-            raise KeyboardInterrupt
-
-    real = request.infer_request
-    request.infer_request = Interrupted()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            model(ids[:, 9:], past_key_values=handle)
-    finally:
-        request.infer_request = real
+    execute = request._execute
+    monkeypatch.setattr(request, "_execute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids[:, 9:], past_key_values=handle)
+    monkeypatch.undo()
     with pytest.raises(ChatGLMError, match="lost in a call that was interrupted"):
         model(ids[:, 9:], past_key_values=handle)
     assert torch.equal(greedy(model, ids, reuse_cache=True), wanted)
