@@ -143,8 +143,10 @@ class Request:
         """With one thread OpenVINO's `infer` tells of no operation that failed, but would leave the last call's logits.
         Started and waited for, it does, which takes some 20 us more."""
         if self._has_one_thread:
-            self.infer_request.start_async()
-            self.infer_request.wait()
+            try:
+                self.infer_request.start_async()
+            finally:  # also where Ctrl-C comes in between
+                self.infer_request.wait()
         else:
             self.infer_request.infer(share_outputs=True)
 
