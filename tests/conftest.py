@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 
 # Threads of torch and numpy wait for each other spinning, so those of several test processes must not share a core.
-# OpenVINO's are left at all cores: with a single one it does not tell of an operation that failed.
+# OpenVINO's are left at all cores, as users have them: operations that split their work are tested with more than one.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
