@@ -21,7 +21,7 @@ env LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstd
     ASAN_OPTIONS="detect_leaks=0:log_path=$reports" \
     UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1:log_path=$reports" \
     TBB_ENABLE_SANITIZERS=1 CHATGLM_OV_NATIVE="$PWD/$library" \
-    "$python" -m pytest -q tests/test_native_*.py \
+    "$python" -m pytest -q tests/test_native_*.py tests/test_op_*.py \
     >"$build/tests.log" 2>&1 || status=$?
 tail -n 15 "$build/tests.log"
 cat "$reports".* 2>/dev/null || true

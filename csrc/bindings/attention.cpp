@@ -90,7 +90,6 @@ std::tuple<float, float> merge(const std::string& isa, Array<float, 1> context, 
 
 void bind_cache_layout(nb::module_& module) {
     module.attr("BLOCK_SLOTS") = kBlockSlots;
-    module.attr("TILE_ROWS") = kTileRows;
     nb::class_<CacheLayout>(module, "CacheLayout", "Sizes of the KV cache, in bytes; csrc/kernels/cache_layout.h.")
         .def("__init__",
              [](CacheLayout* self, const std::string& type, int64_t kv_heads, int64_t head_dim) {

@@ -20,7 +20,9 @@ void bind_packing(nb::module_& module) {
     nb::class_<PackedLayout>(module, "PackedLayout", "Sizes of a packed weight, in bytes; csrc/kernels/packing.h.")
         .def("__init__",
              [](PackedLayout* self, const std::string& format, int64_t out_features, int64_t in_features,
-                int64_t group_size) { new (self) PackedLayout(layout_of(format, out_features, in_features, group_size)); },
+                int64_t group_size) {
+                 new (self) PackedLayout(layout_of(format, out_features, in_features, group_size));
+             },
              nb::arg("format"), nb::arg("out_features"), nb::arg("in_features"), nb::arg("group_size") = 0)
         .def_ro("out_features", &PackedLayout::out_features)
         .def_ro("in_features", &PackedLayout::in_features)
@@ -33,7 +35,8 @@ void bind_packing(nb::module_& module) {
         .def_prop_ro("bytes", &PackedLayout::bytes)
         .def(
             "pack",
-            [](const PackedLayout& self, nb::ndarray<nb::c_contig, nb::device::cpu> codes, MutableArray<uint8_t, 1> out) {
+            [](const PackedLayout& self, nb::ndarray<nb::c_contig, nb::device::cpu> codes,
+               MutableArray<uint8_t, 1> out) {
                 const int64_t width = self.format == WeightFormat::f32 ? 4 : self.format == WeightFormat::bf16 ? 2 : 1;
                 const bool fits = codes.ndim() == 2 && static_cast<int64_t>(codes.shape(1)) == self.in_features &&
                                   static_cast<int64_t>(codes.itemsize()) == width;

@@ -66,9 +66,9 @@ inline float quantize_block(const float* x, int64_t count, int64_t columns, int 
     std::memcpy(&largest, &bits, 4);
     const float codes = activation_bits == 16 ? kLargestCode : 127;
     const float scale = std::max(largest / codes, FLT_MIN);
-    // Adding 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits. A division a vector would
-    // take most of the time: times 1 / s the largest |x| comes out at most 2^-7 above the limit, and is rounded to it.
-    const float inverse = 1.0f / scale, shift = 12582912.0f;
+    // A division a vector would take most of the time: times 1 / s the largest |x| comes out at most 2^-7 above the
+    // limit, and is rounded to it.
+    const float inverse = 1.0f / scale, shift = kRoundingShift;
     for (int64_t i = 0; i < columns; i += kLanes) {
         const Ints whole = bits_of(load_before(x, i, count) * inverse + shift) - bits_of(broadcast(shift));
         const Shorts narrow = __builtin_convertvector(whole, Shorts);

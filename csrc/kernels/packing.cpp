@@ -10,7 +10,8 @@ namespace {
 
 constexpr int64_t kSectionAlignment = 64;
 
-// Writes rows [0, rows) of one panel, kInterleave columns of a row side by side; of each code the bits in `flip` change.
+// Writes rows [0, rows) of one panel, kInterleave columns of a row side by side; of each code the bits in `flip`
+// change.
 template <typename T, int kInterleave>
 void pack_panel(const T* codes, int64_t rows, int64_t in_features, int64_t padded_in, T padding, T flip, T* out) {
     for (int64_t k = 0; k < padded_in; ++k) {

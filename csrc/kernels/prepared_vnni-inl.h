@@ -23,8 +23,8 @@ constexpr int stream_rows(int planes) {
     return kPieces > 1 ? tile_rows(planes) : planes == 2 ? 8 : 14;
 }
 
-// What `prepare` makes of x, for R rows and B blocks; rows that pass together are one tile. Sections, each from a multiple
-// of 64 bytes on:
+// What `prepare` makes of x, for R rows and B blocks; rows that pass together are one tile. Sections, each from a
+// multiple of 64 bytes on:
 //   codes        int8 [block][tile of rows][K / 4][row of the tile][plane][4]
 //   scales       float [B][R]
 //   corrections  int32 [group][R]: Format::correction of the sum of the row's codes over a group

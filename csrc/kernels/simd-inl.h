@@ -117,13 +117,16 @@ inline Floats clamped_to_exponents(Floats x) {
 #endif
 }
 
+// 1.5 * 2^23: added to a number of at most 2^22 it rounds that to an integer, ties to even, and leaves it in the low
+// bits.
+constexpr float kRoundingShift = 12582912.0f;
+
 // exp(x) to 1 unit in the last place for x in [-87.33654, 88.72283]; smaller x give 0, larger ones infinity, NaN gives
 // NaN. x = n ln2 + r with |r| <= ln2 / 2; exp(r) by the polynomial 1 + r + r^2 (..) of degree 6 whose largest relative
 // error is least (4e-9), times 2^n.
 inline Floats exp_of(Floats x) {
     const Floats inside = clamped_to_exponents(x);
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-    const Floats shift = broadcast(12582912.0f);
+    const Floats shift = broadcast(kRoundingShift);
     const Floats shifted = inside * 1.44269504f + shift;
     const Floats n = shifted - shift;
     // ln2 in two parts, the first with few bits, so that n * first is exact.

@@ -17,10 +17,10 @@ void FullyConnected::validate_and_infer_types() {
     });
     const int64_t padded = packed.panels() * kPanel;
     const int64_t most = activation == Activation::silu_gate ? padded / 2 : weight_.out_features;
-    OPENVINO_ASSERT(activation != Activation::silu_gate || packed.panels() % 2 == 0, "FullyConnected: ", packed.panels(),
-                    " panels of a gate and what it multiplies, wanted as many of one as of the other");
-    OPENVINO_ASSERT(y_features_ > 0 && y_features_ <= most, "FullyConnected: y_features ", y_features_, ", wanted 1 to ",
-                    most);
+    OPENVINO_ASSERT(activation != Activation::silu_gate || packed.panels() % 2 == 0, "FullyConnected: ",
+                    packed.panels(), " panels of a gate and what it multiplies, wanted as many of one as of the other");
+    OPENVINO_ASSERT(y_features_ > 0 && y_features_ <= most, "FullyConnected: y_features ", y_features_,
+                    ", wanted 1 to ", most);
     OPENVINO_ASSERT(activation_bits_ == 8 || activation_bits_ == 16, "FullyConnected: activation_bits ",
                     activation_bits_, ", wanted 8 or 16");
     check_type(0, ov::element::f32);
@@ -62,8 +62,9 @@ void FullyConnected::run(ov::TensorVector& outputs, const ov::TensorVector& inpu
     epilogue.bias = bias_ ? inputs[2].data<const float>() : nullptr;
     if (residual_) {
         const ov::Tensor& residual = inputs[static_cast<size_t>(2 + bias_)];
-        OPENVINO_ASSERT(static_cast<int64_t>(residual.get_size()) == rows * y_features_, "FullyConnected: a residual of ",
-                        residual.get_shape(), ", wanted ", rows, " rows of ", y_features_);
+        OPENVINO_ASSERT(static_cast<int64_t>(residual.get_size()) == rows * y_features_,
+                        "FullyConnected: a residual of ", residual.get_shape(), ", wanted ", rows, " rows of ",
+                        y_features_);
         epilogue.residual = residual.data<const float>();
         epilogue.residual_stride = y_features_;
         epilogue.residual_scale = residual_scale_;
@@ -75,8 +76,17 @@ void FullyConnected::run(ov::TensorVector& outputs, const ov::TensorVector& inpu
         norm.bias = norm_ == "layer" ? inputs[first + 1].data<const float>() : nullptr;
         norm.eps = norm_eps_;
     }
-    run_fully_connected(kernels(), {weight_.layout(), inputs[1].data<const uint8_t>(), static_cast<int>(activation_bits_), rows,
-                    x.data<const float>(), norm, epilogue, outputs[0].data<float>(), y_features_}, team);
+    FullyConnectedCall call{};
+    call.layout = weight_.layout();
+    call.weight = inputs[1].data<const uint8_t>();
+    call.activation_bits = static_cast<int>(activation_bits_);
+    call.rows = rows;
+    call.x = x.data<const float>();
+    call.norm = norm;
+    call.epilogue = epilogue;
+    call.y = outputs[0].data<float>();
+    call.y_features = y_features_;
+    run_fully_connected(kernels(), call, team);
 }
 
 }  // namespace chatglm

@@ -101,9 +101,8 @@ struct Int4ToInt8 {
         const Floats per_scale = largest > 0.0f ? 127.0f * 2048.0f / largest : Floats{};
         for (int64_t group = 0; group < groups; ++group) {
             const Ints zero = load_zero_points(zero_points + group * kPanel) << 4;
-            // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
             const Floats multiplier = load_scales(scales + group * kPanel) * per_scale;
-            const Ints whole = bits_of(multiplier + 12582912.0f) & 0xffff;
+            const Ints whole = bits_of(multiplier + kRoundingShift) & 0xffff;
             factors[group] = {Words(zero | zero << 16), Words(whole | whole << 16)};
         }
     }

@@ -30,6 +30,18 @@ struct alignas(64) TileConfiguration {
     uint8_t rows[16] = {};
 };
 
+// Sums in tiles 0..3 (rows x 16 of 4 bytes), A in 4 and 5 (rows x depth_bytes), B in 6 and 7 (depth_bytes / 4 lines of
+// 64 bytes): the tiles as everything here uses them.
+inline TileConfiguration configuration_of(int64_t rows, int64_t depth_bytes) {
+    TileConfiguration configuration;
+    for (int tile = 0; tile < 8; ++tile) {
+        const bool is_a = tile == 4 || tile == 5;
+        configuration.column_bytes[tile] = static_cast<uint16_t>(is_a ? depth_bytes : 64);
+        configuration.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : depth_bytes / 4);
+    }
+    return configuration;
+}
+
 #if defined(CHATGLM_AMX_EMULATED)
 
 inline void configure_tiles(const TileConfiguration& configuration) { tiles_emulated::configure(&configuration); }
@@ -97,19 +109,10 @@ inline void dot_s8_u8() {
 
 #endif
 
-// The tiles as every kernel here uses them, from construction to destruction: sums in 0..3 (rows x 16 of 4 bytes), A in
-// 4 and 5 (rows x depth_bytes), B in 6 and 7 (depth_bytes / 4 lines of 64 bytes).
+// Tiles from construction to destruction.
 class TileScope {
 public:
-    TileScope(int64_t rows, int64_t depth_bytes) {
-        TileConfiguration configuration;
-        for (int tile = 0; tile < 8; ++tile) {
-            const bool is_a = tile == 4 || tile == 5;
-            configuration.column_bytes[tile] = static_cast<uint16_t>(is_a ? depth_bytes : 64);
-            configuration.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : depth_bytes / 4);
-        }
-        configure_tiles(configuration);
-    }
+    TileScope(int64_t rows, int64_t depth_bytes) { configure_tiles(configuration_of(rows, depth_bytes)); }
     ~TileScope() { release_tiles(); }
     TileScope(const TileScope&) = delete;
     TileScope& operator=(const TileScope&) = delete;

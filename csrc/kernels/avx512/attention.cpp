@@ -3,8 +3,8 @@
 //
 // A query row is q = s rint(q / s) with s = max|q| / 32767. p is multiplied by the scale of its value and goes in with
 // a scale for each row and step of 256 slots, which is that of the largest of them. Rows are taken 8, 4, 2, 1 at a time
-// and lines beside each other as in attention-inl.h, which does all else: caches in f32 and bf16, and heads of more than
-// 512 dims, whose sums could exceed 32 bits.
+// and lines beside each other as in attention-inl.h, which does all else: caches in f32 and bf16, and heads of more
+// than 512 dims, whose sums could exceed 32 bits.
 #include <cfloat>
 
 #include "kernels/attention-inl.h"
@@ -18,9 +18,9 @@ constexpr int64_t kMostDims = 512;
 constexpr int kMostWordRows = 8;
 constexpr int64_t kByteLine = 32;  // bytes of a line: pairs of dims of 16 slots, or of slots of 16 dims
 
-// rint(x * inverse), which is at most kMostWord; adding 1.5 * 2^23 leaves it in the low bits.
+// rint(x * inverse), which is at most kMostWord.
 inline Shorts words_of(Floats x, float inverse) {
-    const Floats shift = broadcast(12582912.0f);
+    const Floats shift = broadcast(kRoundingShift);
     return __builtin_convertvector(bits_of(x * inverse + shift) - bits_of(shift), Shorts);
 }
 
