@@ -15,7 +15,7 @@ import openvino as ov
 import openvino.opset15 as ops
 from openvino.op.util import Variable, VariableInfo
 
-from chatglm_ov.kv_cache import BLOCK_SLOTS, BlockLayout
+from chatglm_ov.kv_cache import BlockLayout
 from chatglm_ov.lowering.operations import attributes_of, operation
 
 DIM = 16
@@ -66,11 +66,12 @@ def trial_model() -> ov.Model:
     length = ops.gather(ops.shape_of(slots), ops.constant(np.zeros(4, np.int64)), ops.constant(np.int64(0)))
     past = ops.read_value(ops.broadcast(np.uint8(0), ops.subtract(length, length)), variable)
     angle = [ops.constant(np.full((1, 1, DIM // 2), value, np.float32)) for value in (1, 0)]
-    table = ops.constant(np.zeros((1, BLOCK_SLOTS), np.int32))
+    table = ops.constant(np.zeros((1, 1), np.int32))
     visible = ops.add(slots, np.int32(1))
+    copied = ops.constant(np.array([-1], np.int32))
     attention = operation(
         "MultiHeadAttention",
-        [qkv, *angle, table, slots, visible, past],
+        [qkv, *angle, table, slots, visible, copied, past],
         num_attention_heads=1,
         num_key_value_heads=1,
         head_dim=DIM,

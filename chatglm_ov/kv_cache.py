@@ -234,7 +234,7 @@ class BlockCache:
         for layer, key, value in zip(self._layers, keys, values, strict=True):
             blocks = self.layout.encode(key, value)
             layer.state.data[0, : len(blocks)] = blocks
-        self._table.state = ov.Tensor(np.zeros((1, tokens), np.int32))
+        self._table.state = ov.Tensor(np.zeros((1, -(-tokens // BLOCK_SLOTS)), np.int32))
 
     def truncate(self, columns: int) -> None:
         """Nothing to do: slots behind the last column are overwritten."""
@@ -248,9 +248,8 @@ class BlockCache:
         value = np.zeros_like(key)
         for row in range(batch):
             real = np.flatnonzero(attention_mask[row])
-            for source in np.unique(table[row, : real.size]):
-                slots = np.flatnonzero(table[row, : real.size] == source)
-                decoded = self.layout.decode(cache[source, : slots[-1] // BLOCK_SLOTS + 1])
-                for whole, part in zip((key, value), decoded, strict=True):
-                    whole[row][:, real[slots]] = part[:, slots]
+            blocks = np.arange(-(-real.size // BLOCK_SLOTS))
+            decoded = self.layout.decode(cache[table[row, blocks], blocks])
+            for whole, part in zip((key, value), decoded, strict=True):
+                whole[row][:, real] = part[:, : real.size]
         return key, value

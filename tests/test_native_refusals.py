@@ -113,10 +113,25 @@ def test_cache_table(run: Run, flat: int) -> None:
         run("CacheTable", inputs, prefix=0)
 
 
-def attention(run: Run, slot: int, visible: int, table: int = 32, blocks: int = 1, batch: int = 1, length: int = 1):
+def attention(
+    run: Run,
+    slot: int,
+    visible: int,
+    table: int = 1,
+    blocks: int = 1,
+    batch: int = 1,
+    length: int = 1,
+    row: int = 0,
+    copied: int = -1,
+) -> Array:
     block = native().CacheLayout("f32", 1, D).block_bytes
-    inputs = [floats(batch, length, 4 * D), floats(batch, length, 8), floats(batch, length, 8), ints(batch, table)]
-    inputs += [ints(batch, length, value=slot), ints(batch, length, value=visible)]
+    inputs = [
+        floats(batch, length, 4 * D),
+        floats(batch, length, 8),
+        floats(batch, length, 8),
+        ints(batch, table, value=row),
+    ]
+    inputs += [ints(batch, length, value=slot), ints(batch, length, value=visible), ints(batch, value=copied)]
     inputs += [np.zeros((1, blocks, 1, block), np.uint8)]
     attributes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": D, "in_place": 0}
     return run("MultiHeadAttention", inputs, **attributes)[0]
@@ -126,11 +141,14 @@ def attention(run: Run, slot: int, visible: int, table: int = 32, blocks: int = 
     ("slot", "visible", "sizes", "message"),
     [
         (3, 1 << 20, {}, "1048576 visible slots in row 0, wanted at most 4"),
-        (3, 5, {"blocks": 2, "table": 64}, "5 visible slots in row 0, wanted at most 4"),
+        (3, 5, {"blocks": 2, "table": 2}, "5 visible slots in row 0, wanted at most 4"),
         (32, 4, {"blocks": 2}, "33 slots in row 0, wanted at most 32"),
         (2**31 - 1, 4, {"blocks": 2}, "2147483648 slots in row 0, wanted at most 32"),
         (3, 4, {"blocks": 0}, "4 slots in row 0, wanted at most 0"),
         (3, 4, {"table": 0}, "4 slots in row 0, wanted at most 0"),
+        (3, 4, {"row": 1}, "row 1, wanted less than 1"),
+        (3, 4, {"copied": 1}, "row 1, wanted less than 1"),
+        (3, 4, {"copied": -2}, "row -2, wanted less than 1"),
     ],
 )
 def test_slots_of_attention(run: Run, slot: int, visible: int, sizes: dict, message: str) -> None:

@@ -36,7 +36,7 @@ class Layer:
         ends = opset.split(p["cache_shape"], np.int64(0), 3)
         shape = opset.concat([ends.output(0), ends.output(1), opset.constant(np.array([G])), ends.output(2)], 0)
         cache = opset.read_value(opset.broadcast(opset.constant(np.uint8(0)), shape), cache_variable)
-        inputs = [p[n].output(0) for n in names[:3]] + [rows.output(i) for i in range(3)] + [cache.output(0)]
+        inputs = [p[n].output(0) for n in names[:3]] + rows.outputs() + [cache.output(0)]
         attributes = {"num_attention_heads": H, "num_key_value_heads": G, "head_dim": D, "in_place": in_place}
         node = create("MultiHeadAttention", inputs, attributes)
         new_cache = cache if in_place else opset.convert(node.output(1), "u8")
@@ -138,6 +138,34 @@ def test_a_row_does_not_depend_on_the_others():
     for row in range(3):
         alone = Layer("bf16")(qkv[row : row + 1], angles[row : row + 1], np.ones((1, 50)))
         np.testing.assert_array_equal(together[row], alone[0])
+
+
+@pytest.mark.parametrize("cache_type", ["f32", "bf16", "int8"])
+def test_a_row_behind_padding_is_the_row_alone(cache_type):
+    """Bit for bit, with a past of several parts, and few new tokens beside a row that has many."""
+    past, few, many = 300, 5, 60
+    qkv, angles = sequences(11, 2, past + many)
+    mask = np.ones((2, past + many))
+    mask[1, past : past + many - few] = 0
+    together = Layer(cache_type, capacity=(2, 12))
+    together(qkv[:, :past], angles[:, :past], mask[:, :past])
+    seen = together(qkv[:, past:], angles[:, past:], mask)
+    alone = Layer(cache_type, capacity=(1, 12))
+    alone(qkv[1:, :past], angles[1:, :past], np.ones((1, past)))
+    wanted = alone(qkv[1:, -few:], angles[1:, -few:], np.ones((1, past + few)))
+    np.testing.assert_array_equal(seen[1:, -few:], wanted)
+    assert not seen[1, :-few].any()
+
+
+@pytest.mark.parametrize("cache_type", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("past", [255, 256, 260])
+def test_nan_in_the_last_key_is_seen(cache_type, past):
+    """Wherever the part of the cache begins that holds it."""
+    qkv, angles = sequences(12, 1, past + 1)
+    qkv[0, past, H * D : (H + G) * D] = np.nan
+    layer = Layer(cache_type, capacity=(1, 12))
+    layer(qkv[:, :past], angles[:, :past], np.ones((1, past)))
+    assert np.isnan(layer(qkv[:, past:], angles[:, past:], np.ones((1, past + 1)))).all()
 
 
 def test_going_back_overwrites():

@@ -338,9 +338,9 @@ inline float encode(const float* x, int64_t count, int8_t* elements) {
         return scale;
     }
     for (int64_t i = 0; i < count; i += kLanes) {
-        // Quotients of subnormal numbers can exceed 127. Adding 1.5 * 2^23 rounds to an integer, ties to even.
+        // Quotients of subnormal numbers can exceed 127.
         const Floats quotient = max_of(min_of(load(x + i) / scale, broadcast(127.0f)), broadcast(-127.0f));
-        const Ints whole = bits_of(quotient + 12582912.0f);
+        const Ints whole = bits_of(quotient + kRoundingShift);
         for (int lane = 0; lane < kLanes; ++lane) elements[i + lane] = static_cast<int8_t>(whole[lane]);
     }
     return scale;
@@ -391,10 +391,11 @@ inline void attend(const AttentionTile& tile) {
     with_element(tile.layout, [&](auto element) { TileRun<decltype(element)>(tile, query).run(); });
 }
 
-// Two partial softmaxes to one; a side that saw nothing has max = -infinity and changes nothing.
+// Two partial softmaxes to one; a side that saw nothing has sum = 0 and changes nothing. One that saw nothing but NaN
+// has max = -infinity as well, and its sum and context are NaN.
 inline void merge(int64_t dim, const float* context, float max, float sum, float* into_context, float* into_max,
                   float* into_sum) {
-    if (max == -kInfinity) return;
+    if (sum == 0.0f) return;
     const float top = std::max(max, *into_max);
     const float factor = exp_of(broadcast(max - top))[0], into_factor = exp_of(broadcast(*into_max - top))[0];
     for (int64_t d = 0; d < dim; ++d) into_context[d] = into_context[d] * into_factor + context[d] * factor;

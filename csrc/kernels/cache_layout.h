@@ -23,6 +23,9 @@ enum class CacheType { f32, bf16, int8 };
 constexpr int64_t kBlockSlots = 32;
 constexpr int64_t kHalfSlots = 16;
 
+// Blocks of so many slots.
+constexpr int64_t blocks_of(int64_t slots) { return (slots + kBlockSlots - 1) / kBlockSlots; }
+
 struct CacheLayout {
     CacheType type;
     int64_t kv_heads;

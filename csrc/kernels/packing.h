@@ -20,8 +20,9 @@
 
 namespace chatglm {
 
-// Raised with every change of a layout in this file or in cache_layout.h; an IR of another version is refused.
-constexpr int64_t kPackingVersion = 1;
+// Raised with every change of a layout in this file or in cache_layout.h, and of what an operation takes; an IR of
+// another version is refused.
+constexpr int64_t kPackingVersion = 2;
 
 constexpr int64_t kPanel = 16;
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -14,7 +15,7 @@ namespace {
 
 // Slots of a part of the cache that is one task when there are few query rows.
 constexpr int64_t kPartSlots = 256;
-// Up to this many tiles a kv head, the cache is cut into parts as well.
+// Up to so many tiles of tokens a kv head, the cache is cut into parts as well.
 constexpr int64_t kFewTiles = 8;
 
 std::vector<int64_t> sequence_lengths(const AttentionCall& call) {
@@ -28,8 +29,14 @@ std::vector<int64_t> sequence_lengths(const AttentionCall& call) {
     return lengths;
 }
 
+void check_row(const AttentionCall& call, int32_t row) {
+    if (row >= 0 && row < call.cache_rows) return;
+    throw std::runtime_error("KV cache: row " + std::to_string(row) + ", wanted less than " +
+                             std::to_string(call.cache_rows));
+}
+
 void check(const AttentionCall& call, const std::vector<int64_t>& lengths) {
-    const int64_t capacity = std::min(call.cache_blocks * kBlockSlots, call.table_slots);
+    const int64_t capacity = std::min(call.cache_blocks * kBlockSlots, call.table_blocks * kBlockSlots);
     for (int64_t row = 0; row < call.batch; ++row) {
         const int64_t length = lengths[static_cast<size_t>(row)];
         if (length > capacity) {
@@ -42,14 +49,25 @@ void check(const AttentionCall& call, const std::vector<int64_t>& lengths) {
                                          std::to_string(row) + ", wanted at most " + std::to_string(length));
             }
         }
-        for (int64_t slot = 0; slot < length; ++slot) {
-            const int32_t seen = call.table[row * call.table_slots + slot];
-            if (seen < 0 || seen >= call.cache_rows) {
-                throw std::runtime_error("KV cache: row " + std::to_string(seen) + ", wanted less than " +
-                                         std::to_string(call.cache_rows));
-            }
-        }
+        for (int64_t block = 0; block < blocks_of(length); ++block) check_row(call, call.cache_row(row, block));
+        if (call.copied[row] != -1) check_row(call, call.copied[row]);
     }
+}
+
+// Shared blocks that are about to be written, to the rows that their sequences have for them now.
+void copy_blocks(const AttentionCall& call, Team& team) {
+    if (std::all_of(call.copied, call.copied + call.batch, [](int32_t row) { return row == -1; })) return;
+    team.pieces(call.batch * call.layout.kv_heads, 1, 4, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t row = i / call.layout.kv_heads, head = i % call.layout.kv_heads;
+            const int32_t* slots = call.slots + row * call.length;
+            const int32_t* first = std::find_if(slots, slots + call.length, [](int32_t slot) { return slot >= 0; });
+            if (call.copied[row] == -1 || first == slots + call.length) continue;
+            const int64_t block = *first / kBlockSlots;
+            std::memcpy(call.block(call.cache_row(row, block), block, head), call.block(call.copied[row], block, head),
+                        static_cast<size_t>(call.layout.block_bytes()));
+        }
+    });
 }
 
 void append_token(const KernelTable& kernels, const AttentionCall& call, int64_t row, int64_t i) {
@@ -59,7 +77,7 @@ void append_token(const KernelTable& kernels, const AttentionCall& call, int64_t
     float* rotated = scratch.get<float>(dim);
     const float* key = call.qkv + at * call.width() + call.num_attention_heads * dim;
     const float* value = key + call.layout.kv_heads * dim;
-    const int32_t cache_row = call.table[row * call.table_slots + slot];
+    const int32_t cache_row = call.cache_row(row, slot / kBlockSlots);
     for (int64_t head = 0; head < call.layout.kv_heads; ++head, key += dim, value += dim) {
         kernels.elementwise.rotate(key, call.cos + at * call.angles, call.sin + at * call.angles, call.angles, dim,
                                    1.0f, rotated);
@@ -138,27 +156,30 @@ struct Partial {
         : context(memory), max(memory + kTileRows * padded_dim), sum(max + kTileRows) {}
 };
 
+// A tile of a sequence and kv head.
+struct TileTask {
+    int64_t row, kv_head, tile;
+};
+
 // Many tiles: each is one task over all of its slots.
-void run_tiles(const Tiles& tiles, Team& team) {
-    const int64_t heads = tiles.call.layout.kv_heads, padded = tiles.call.layout.padded_dim();
-    const int64_t tasks = tiles.call.batch * heads * tiles.count;
-    team.pieces(tasks, 1, tasks, [&](int64_t begin, int64_t end) {
+void run_tiles(const Tiles& tiles, const std::vector<TileTask>& tasks, Team& team) {
+    const int64_t padded = tiles.call.layout.padded_dim(), count = static_cast<int64_t>(tasks.size());
+    team.pieces(count, 1, count, [&](int64_t begin, int64_t end) {
         static thread_local Scratch scratch;
         const Partial result(scratch.get<float>(Partial::floats(padded)), padded);
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t tile = task % tiles.count, kv_head = task / tiles.count % heads;
-            const int64_t row = task / tiles.count / heads;
+        for (int64_t i = begin; i < end; ++i) {
+            const auto [row, kv_head, tile] = tasks[static_cast<size_t>(i)];
             tiles.attend(row, kv_head, tile, 0, tiles.end(row, tile), result.context, result.max, result.sum);
             tiles.write(row, kv_head, tile, result.context, result.sum);
         }
     });
 }
 
-void merge_parts(const Tiles& tiles, int64_t row, int64_t kv_head, int64_t tile, int64_t parts, float* memory) {
+void merge_parts(const Tiles& tiles, const TileTask& task, int64_t parts, float* memory) {
     const int64_t padded = tiles.call.layout.padded_dim();
     const Partial total(memory, padded);
-    const int64_t used = std::min(kTileRows, tiles.rows - tile * kTileRows);
-    const int64_t seen = std::max<int64_t>(1, (tiles.end(row, tile) + kPartSlots - 1) / kPartSlots);
+    const int64_t used = std::min(kTileRows, tiles.rows - task.tile * kTileRows);
+    const int64_t seen = std::max<int64_t>(1, (tiles.end(task.row, task.tile) + kPartSlots - 1) / kPartSlots);
     for (int64_t part = 1; part < std::min(parts, seen); ++part) {
         const Partial next(memory + part * Partial::floats(padded), padded);
         for (int64_t r = 0; r < used; ++r) {
@@ -166,39 +187,62 @@ void merge_parts(const Tiles& tiles, int64_t row, int64_t kv_head, int64_t tile,
                                           total.context + r * padded, total.max + r, total.sum + r);
         }
     }
-    tiles.write(row, kv_head, tile, total.context, total.sum);
+    tiles.write(task.row, task.kv_head, task.tile, total.context, total.sum);
 }
 
 // Few tiles, as in decoding: each is cut into parts of the cache of a fixed size, merged in order, so that a result
 // depends neither on the number of threads nor on other rows.
-void run_parts(const Tiles& tiles, int64_t longest, Team& team) {
+void run_parts(const Tiles& tiles, const std::vector<TileTask>& tasks, int64_t longest, Team& team) {
     static thread_local Scratch scratch;
-    const int64_t heads = tiles.call.layout.kv_heads, padded = tiles.call.layout.padded_dim();
+    const int64_t padded = tiles.call.layout.padded_dim(), count = static_cast<int64_t>(tasks.size());
     const int64_t parts = std::max<int64_t>(1, (longest + kPartSlots - 1) / kPartSlots);
-    const int64_t groups = tiles.call.batch * heads * tiles.count;
-    float* memory = scratch.get<float>(groups * parts * Partial::floats(padded));
-    const auto place = [&](int64_t group, int64_t part) {
-        return memory + (group * parts + part) * Partial::floats(padded);
-    };
-    const auto row_of = [&](int64_t group) { return group / tiles.count / heads; };
-    const auto head_of = [&](int64_t group) { return group / tiles.count % heads; };
-    team.pieces(groups * parts, 1, groups * parts, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t group = task / parts, part = task % parts, tile = group % tiles.count;
-            const int64_t from = part * kPartSlots;
-            const int64_t to = std::min(tiles.end(row_of(group), tile), from + kPartSlots);
-            if (part > 0 && from >= to) continue;
-            const Partial result(place(group, part), padded);
-            tiles.attend(row_of(group), head_of(group), tile, from, to, result.context, result.max, result.sum);
+    float* memory = scratch.get<float>(count * parts * Partial::floats(padded));
+    const auto place = [&](int64_t index) { return memory + index * Partial::floats(padded); };
+    team.pieces(count * parts, 1, count * parts, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const auto [row, kv_head, tile] = tasks[static_cast<size_t>(i / parts)];
+            const int64_t from = i % parts * kPartSlots, to = std::min(tiles.end(row, tile), from + kPartSlots);
+            if (from > 0 && from >= to) continue;
+            const Partial result(place(i), padded);
+            tiles.attend(row, kv_head, tile, from, to, result.context, result.max, result.sum);
         }
     });
     // A merge is short: the start of a task is worth it for several only.
-    team.pieces(groups, 8, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t group = begin; group < end; ++group) {
-            merge_parts(tiles, row_of(group), head_of(group), group % tiles.count, parts, place(group, 0));
+    team.pieces(count, 8, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            merge_parts(tiles, tasks[static_cast<size_t>(i)], parts, place(i * parts));
         }
     });
 }
+
+// Rows with few tokens and rows with many are done in two ways, which round differently. Padding does not count: a row
+// is done as it would be alone.
+struct Tasks {
+    std::vector<TileTask> few, many;
+    int64_t longest_of_few = 0;
+
+    Tasks(const Tiles& tiles, const std::vector<int64_t>& lengths) {
+        for (int64_t row = 0; row < tiles.call.batch; ++row) add(tiles, row, lengths[static_cast<size_t>(row)]);
+    }
+
+private:
+    void add(const Tiles& tiles, int64_t row, int64_t length) {
+        const int32_t* slots = tiles.call.slots + row * tiles.call.length;
+        const auto is_real = [](int32_t slot) { return slot >= 0; };
+        const int64_t real = std::count_if(slots, slots + tiles.call.length, is_real);
+        const bool is_few = real * tiles.group <= kFewTiles * kTileRows;
+        // Of the padding before the tokens nothing is computed.
+        const int64_t padding = std::find_if(slots, slots + tiles.call.length, is_real) - slots;
+        const int64_t first = padding * tiles.group / kTileRows;
+        const int64_t width = tiles.call.num_attention_heads * tiles.call.layout.head_dim;
+        std::fill_n(tiles.call.context + row * tiles.call.length * width, padding * width, 0.0f);
+        if (is_few) longest_of_few = std::max(longest_of_few, length);
+        std::vector<TileTask>& tasks = is_few ? few : many;
+        for (int64_t kv_head = 0; kv_head < tiles.call.layout.kv_heads; ++kv_head) {
+            for (int64_t tile = first; tile < tiles.count; ++tile) tasks.push_back({row, kv_head, tile});
+        }
+    }
+};
 
 }  // namespace
 
@@ -206,14 +250,13 @@ void run_attention(const KernelTable& kernels, const AttentionCall& call, Team& 
     if (call.batch == 0) return;
     const std::vector<int64_t> lengths = sequence_lengths(call);
     check(call, lengths);
+    copy_blocks(call, team);
     append(kernels, call, team);
-    const CacheView view(call, lengths.data(), team);
+    const CacheView view(call, lengths.data());
     const Tiles tiles{kernels, call, view};
-    if (tiles.count > kFewTiles) {
-        run_tiles(tiles, team);
-    } else {
-        run_parts(tiles, *std::max_element(lengths.begin(), lengths.end()), team);
-    }
+    const Tasks tasks(tiles, lengths);
+    run_tiles(tiles, tasks.many, team);
+    run_parts(tiles, tasks.few, tasks.longest_of_few, team);
 }
 
 }  // namespace chatglm

@@ -13,14 +13,17 @@ struct AttentionCall {
     int64_t angles;                   // n: the first 2 n dims of a head turn
     const float* qkv;                 // [B, L, (heads + 2 kv_heads) head_dim], planes q, k, v
     const float *cos, *sin;           // [B, L, n]
-    int64_t table_slots;              // T
-    const int32_t* table;             // [B, T]: cache row of each slot
-    const int32_t *slots, *visible;   // [B, L]: CacheTable
+    // CacheTable:
+    int64_t table_blocks;
+    const int32_t* table;             // [B, table_blocks]: cache row of each block
+    const int32_t *slots, *visible;   // [B, L]
+    const int32_t* copied;            // [B]
     int64_t cache_rows, cache_blocks;
     uint8_t* cache;                   // [cache_rows, cache_blocks, kv_heads, block_bytes]
     float* context;                   // [B, L, heads head_dim]
 
     int64_t width() const { return (num_attention_heads + 2 * layout.kv_heads) * layout.head_dim; }
+    int32_t cache_row(int64_t row, int64_t block) const { return table[row * table_blocks + block]; }
     uint8_t* block(int64_t row, int64_t block, int64_t kv_head) const {
         return cache + ((row * cache_blocks + block) * layout.kv_heads + kv_head) * layout.block_bytes();
     }

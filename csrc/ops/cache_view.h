@@ -5,12 +5,11 @@
 
 namespace chatglm {
 
-// Pointers [B, kv_heads, blocks], valid until the next call on the same thread. A block whose slots lie in several
-// cache rows (beams) is put together in scratch memory.
+// Pointers [B, kv_heads, blocks], valid until the next call on the same thread.
 class CacheView {
 public:
     // lengths [B]: slots that each sequence has.
-    CacheView(const AttentionCall& call, const int64_t* lengths, Team& team);
+    CacheView(const AttentionCall& call, const int64_t* lengths);
 
     const uint8_t* const* blocks(int64_t row, int64_t kv_head) const {
         return pointers_ + (row * kv_heads_ + kv_head) * blocks_;

@@ -7,7 +7,7 @@
 namespace chatglm {
 namespace {
 
-enum Input : size_t { kQkv, kCos, kSin, kTable, kSlots, kVisible, kCache, kInputs };
+enum Input : size_t { kQkv, kCos, kSin, kTable, kSlots, kVisible, kCopied, kCache, kInputs };
 
 }  // namespace
 
@@ -25,6 +25,8 @@ void MultiHeadAttention::validate_and_infer_types() {
         check_type(i, ov::element::i32);
         check_rank(i, 2);
     }
+    check_type(kCopied, ov::element::i32);
+    check_rank(kCopied, 1);
     check_type(kCache, ov::element::u8);
     check_rank(kCache, 4);
     check_last_dim(kQkv, (num_attention_heads_ + 2 * num_key_value_heads_) * head_dim_);
@@ -59,10 +61,10 @@ void MultiHeadAttention::check_shapes(const ov::TensorVector& inputs) const {
                     "MultiHeadAttention: angles of ", cos, " and ", inputs[kSin].get_shape(), ", wanted those of ",
                     of_tokens, " tokens and at most ", head_dim_ / 2, " each");
     OPENVINO_ASSERT(inputs[kTable].get_shape()[0] == qkv[0] && inputs[kSlots].get_shape() == of_tokens &&
-                        inputs[kVisible].get_shape() == of_tokens,
-                    "MultiHeadAttention: table, slots and visible slots of ", inputs[kTable].get_shape(), ", ",
-                    inputs[kSlots].get_shape(), " and ", inputs[kVisible].get_shape(), ", wanted those of ", of_tokens,
-                    " tokens");
+                        inputs[kVisible].get_shape() == of_tokens && inputs[kCopied].get_shape() == ov::Shape{qkv[0]},
+                    "MultiHeadAttention: table, slots, visible slots and copied rows of ", inputs[kTable].get_shape(),
+                    ", ", inputs[kSlots].get_shape(), ", ", inputs[kVisible].get_shape(), " and ",
+                    inputs[kCopied].get_shape(), ", wanted those of ", of_tokens, " tokens");
 }
 
 void MultiHeadAttention::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const {
@@ -83,10 +85,11 @@ void MultiHeadAttention::run(ov::TensorVector& outputs, const ov::TensorVector& 
     call.qkv = inputs[kQkv].data<const float>();
     call.cos = inputs[kCos].data<const float>();
     call.sin = inputs[kSin].data<const float>();
-    call.table_slots = dim(inputs[kTable], 1);
+    call.table_blocks = dim(inputs[kTable], 1);
     call.table = inputs[kTable].data<const int32_t>();
     call.slots = inputs[kSlots].data<const int32_t>();
     call.visible = inputs[kVisible].data<const int32_t>();
+    call.copied = inputs[kCopied].data<const int32_t>();
     call.cache_rows = dim(cache, 0);
     call.cache_blocks = dim(cache, 1);
     call.cache = memory;

@@ -12,9 +12,9 @@ struct MultiHeadAttentionAttributes {
 };
 
 // Letters: H = num_attention_heads, G = num_key_value_heads, D = head_dim, n angles.
-// Inputs: qkv float32 [B, L, (H + 2 G) D] in planes q, k, v; cos and sin float32 [B, L, n]; table int32 [B, T],
-// slots and visible int32 [B, L] (CacheTable); cache uint8 [R, blocks, G, block_bytes] (cache_layout.h; the size of a
-// block tells the type of its elements).
+// Inputs: qkv float32 [B, L, (H + 2 G) D] in planes q, k, v; cos and sin float32 [B, L, n]; table int32 [B, blocks],
+// slots and visible int32 [B, L], copied int32 [B] (CacheTable); cache uint8 [R, blocks, G, block_bytes]
+// (cache_layout.h; the size of a block tells the type of its elements).
 // Outputs: context float32 [B, L, H D]. With in_place the cache is written where it lies: it must be the value of a
 // state that the plugin keeps in one buffer. Without, a second output is the new cache.
 class MultiHeadAttention : public Cloned<MultiHeadAttention, MultiHeadAttentionAttributes> {
