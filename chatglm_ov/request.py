@@ -96,12 +96,11 @@ class Request:
     ) -> np.ndarray:
         """Feed L more tokens; returns logits float32 [B, kept, V] of the last `logits_to_keep`, 0 meaning all L.
 
-        input_ids int64 [B, L]; attention_mask int64 [B, past + L], 0 on padding, for columns in the
-        cache as it was; position_ids int64 [B, L], or
-        [B, 2, L] for ChatGLM-6B; beam_idx int32 [B], the cache row that each row continues, its own in the first
-        call; prefix_length int64 [B] for ChatGLM-6B, whose columns before it must all be in one call. Raises
-        ChatGLMError for ids out of the vocabulary, positions beyond the rotary table and shapes that do not fit;
-        the cache is then as it was.
+        input_ids int64 [B, L]; attention_mask int64 [B, past + L], 0 on padding, for columns in the cache as it was;
+        position_ids int64 [B, L], or [B, 2, L] for ChatGLM-6B; beam_idx int32 [B], the cache row that each row
+        continues, its own in the first call; prefix_length int64 [B] for ChatGLM-6B, whose columns before it must all
+        be in one call. Raises ChatGLMError for ids out of the vocabulary, positions beyond the rotary table, a prefix
+        in pieces and shapes that do not fit; the cache is then as it was.
         """
         inputs: dict[str, np.ndarray] = {
             "input_ids": np.ascontiguousarray(input_ids, np.int64),
@@ -211,6 +210,15 @@ class Request:
         _check_range("input_ids", inputs["input_ids"], self.config.vocab_rows, "token id")
         _check_range("beam_idx", inputs["beam_idx"], rows, "row", " (rows in the cache)")
         _check_range("logits_to_keep", inputs["logits_to_keep"], None, "number")
+        if "prefix_length" in inputs:
+            self._check_prefix(inputs["prefix_length"], inputs["attention_mask"].shape[1])
+
+    def _check_prefix(self, prefix_length: np.ndarray, columns: int) -> None:
+        """Columns of a prefix that were fed before its last ones have not seen those."""
+        for row, length in enumerate(prefix_length.tolist()):
+            if self.past_length < length and (self.past_length > 0 or columns < length):
+                wanted = f"at most {self.past_length or columns}: the columns before it are fed in one call"
+                raise ChatGLMError("infer", f"prefix_length[{row}]", length, wanted)
 
     def cached(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of one layer, float32 [B, num_key_value_heads, past_length, head_dim] each, with the

@@ -16,8 +16,10 @@ import torch
 from golden_cases import OPS, V2
 
 from chatglm_ov import OVChatGLMForCausalLM, convert
+from chatglm_ov.calibration.moments import InputMoments
+from chatglm_ov.calibration.rounding import Compensation
 from chatglm_ov.config import parse_config
-from chatglm_ov.memory import growth, memory
+from chatglm_ov.memory import give_back, growth, memory
 from chatglm_ov.models import architecture
 from chatglm_ov.presets import config_json
 from chatglm_ov.weights.store import BLOCK_BYTES
@@ -110,3 +112,22 @@ def _enlarge_cache(model: OVChatGLMForCausalLM) -> None:
     for state in model.session.request.infer_request.query_state():
         if state.state.size:
             state.state = ov.Tensor(np.zeros((8192, *state.state.shape[1:]), state.state.data.dtype))
+
+
+def test_memory_taken_after_some_was_freed_is_seen() -> None:
+    freed = [np.ones(100_000, np.uint8) for _ in range(400)]
+    del freed
+    give_back()
+    before = memory()[1]
+    taken = [np.ones(100_000, np.uint8) for _ in range(400)]
+    assert memory()[1] - before > 0.9 * 40e6, len(taken)
+
+
+def test_compensation_takes_the_memory_of_one_matrix() -> None:
+    """Columns by columns, as large as the second moments: with 16384 of them, in ChatGLM-6B, a gigabyte each."""
+    columns = 2048
+    moments = InputMoments.of(np.random.default_rng(0).standard_normal((256, columns), np.float32))
+    Compensation(InputMoments(moments.second[:8, :8], moments.magnitude[:8]))
+    with growth() as grown:
+        Compensation(moments)
+    assert grown.nbytes < 1.25 * 4 * columns**2

@@ -13,7 +13,8 @@ from stored_formats import stored_format
 
 from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.native import unavailable
+from chatglm_ov.kv_cache import BLOCK_SLOTS
+from chatglm_ov.native import native, unavailable
 from chatglm_ov.weights.file import WeightsFile
 from chatglm_ov.weights.formats import FORMATS, WeightFormat
 from chatglm_ov.weights.packing import PADDING, PANEL, PackedWeight, filled, gate_up_rows, layout_of
@@ -91,6 +92,54 @@ def test_payload_does_not_depend_on_the_blocks(name, order, tmp_path: Path, monk
     _, whole = stored(weight, name, tmp_path, rows)
     monkeypatch.setattr("chatglm_ov.weights.store.BLOCK_BYTES", 1)
     np.testing.assert_array_equal(stored(weight, name, tmp_path, rows)[1], whole)
+
+
+def codes_at(name: str, payload: np.ndarray, rows: np.ndarray, columns: np.ndarray, padded: int) -> np.ndarray:
+    """What csrc/kernels/packing.h says lies at a row and column."""
+    panel, channel = rows // 16, rows % 16
+    if name == "f32":
+        return payload.view(np.float32)[(panel * padded + columns) * 16 + channel]
+    if name == "bf16":
+        return payload.view(np.uint16)[((panel * padded // 2 + columns // 2) * 16 + channel) * 2 + columns % 2]
+    if name == "int8":
+        return payload[((panel * padded // 4 + columns // 4) * 16 + channel) * 4 + columns % 4].astype(int) - 128
+    bytes_ = payload[((panel * padded // 8 + columns // 8) * 16 + channel) * 4 + columns % 4]
+    return np.where(columns % 8 < 4, bytes_ & 15, bytes_ >> 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "padded", "bytes_"),
+    [
+        ("f32", 384, 3 * 16 * 384 * 4),
+        ("bf16", 384, 3 * 16 * 384 * 2),
+        ("int8", 384, 3 * 16 * (384 + 4)),
+        ("int4", 384, 3 * 16 * (384 // 2) + 320 + 3 * 16 * 3),
+    ],
+)
+def test_layout_is_the_documented_one(name: str, padded: int, bytes_: int, tmp_path: Path):
+    """Element by element, for version 2: a folder of this version has to be read right by all that call it so."""
+    assert native().PACKING_VERSION == 2
+    weight, fmt = random_weight((40, 384)), FORMATS[name]
+    payload = stored(weight, name, tmp_path, None)[1]
+    parts = dict(zip((part.name for part in fmt.parts(384)), fmt.encode(weight), strict=True))
+    rows, columns = np.arange(40)[:, None], np.arange(384)
+    wanted = parts["weight"].reshape(40, 384)
+    seen = codes_at(name, payload, rows, columns, padded)
+    np.testing.assert_array_equal(seen, wanted.view(np.uint16) if name == "bf16" else wanted)
+    assert payload.size == bytes_
+    if name == "int8":
+        np.testing.assert_array_equal(payload[3 * 16 * padded :].view(np.float32)[:40], parts["scale"][:, 0])
+    if name == "int4":
+        # 3 x 3 x 16 scales of 2 bytes, up to a multiple of 64.
+        at, start = (rows // 16 * 3 + np.arange(3)) * 16 + rows % 16, 3 * 16 * padded // 2
+        scales, zero_points = payload[start : start + 288].view(np.float16), payload[start + 320 :]
+        np.testing.assert_array_equal(scales[at], parts["scale"][..., 0])
+        np.testing.assert_array_equal(zero_points[at], parts["zero_point"][..., 0])
+
+
+def test_numbers_that_both_sides_know_are_the_same():
+    assert native().PANEL == PANEL
+    assert native().BLOCK_SLOTS == BLOCK_SLOTS
 
 
 @each_format

@@ -118,6 +118,26 @@ def test_left_out_prefix_is_not_the_last_calls(open_either: Opener):
         call(request, prompt, prefix_length=None)
 
 
+def test_a_prefix_in_pieces_is_refused(open_either: Opener):
+    """Its columns see each other: those of a first piece would have seen themselves only."""
+    model = open_either(V1.checkpoint)
+    prompt, request = golden_prompt(V1, "p5", model), model.create_request()
+    length, whole = int(prompt.prefix[0]), prompt.ids.shape[1]
+
+    def feed(begin: int, end: int, prefix: int) -> np.ndarray:
+        ids, positions = prompt.ids[:, begin:end], prompt.position_ids[..., begin:end]
+        return request.infer(ids, prompt.keep[:, :end], positions, np.arange(1), 0, np.array([prefix]))
+
+    assert length > 2
+    for begin, end in ((0, 2), (2, whole)):
+        with pytest.raises(ChatGLMError, match=rf"prefix_length\[0\] is {length}, expected at most 2: "):
+            feed(begin, end, length)
+        if begin == 0:
+            feed(0, 2, 2)
+    request.reset()
+    assert np.abs(feed(0, whole, length) - V1["p5_prefill_logits"]).max() < TOLERANCE
+
+
 def test_prefix_of_a_model_without_one_is_refused(open_either: Opener):
     model = open_either(V2.checkpoint)
     prompt = golden_prompt(V2, "p5", model)
@@ -273,14 +293,17 @@ def fused_folder(whole_fused_folder: Path, tmp_path: Path) -> Path:
 
 @without_library
 def test_another_packing_version(fused_folder: Path):
-    edit_ir(fused_folder, '<packing_version value="1"', '<packing_version value="99"')
-    with pytest.raises(ChatGLMError, match=r"packing_version is 99, expected 1: convert the checkpoint again") as error:
+    version = native().PACKING_VERSION
+    edit_ir(fused_folder, f'<packing_version value="{version}"', '<packing_version value="99"')
+    with pytest.raises(
+        ChatGLMError, match=rf"packing_version is 99, expected {version}: convert the checkpoint again"
+    ) as error:
         load_model(fused_folder)
     assert "\n" not in str(error.value)
 
 
 FUSED_DAMAGES: dict[str, tuple[str, str]] = {
-    "an operation of another version": ('packing_version="1"', 'packing_version="2"'),
+    "an operation of another version": ('packing_version="2"', 'packing_version="1"'),
     "sizes that do not fit": ('in_features="128"', 'in_features="160"'),
     "an unknown format": ('format="f32"', 'format="f31"'),
     "an unknown operation": ('type="Norm" version="chatglm"', 'type="Mron" version="chatglm"'),

@@ -8,22 +8,20 @@ their inputs.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-import psutil
 
 from chatglm_ov.bench.limits import Limits
 from chatglm_ov.bench.work import weight_bytes
 from chatglm_ov.config import ArchitectureConfig, ChatGLMConfig
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.memory import give_back, memory
 from chatglm_ov.models import architecture
 from chatglm_ov.native import unavailable
 from chatglm_ov.runtime import CompiledModel, Request, load_model, read_ir
@@ -182,15 +180,17 @@ def take_turn(
 
 
 def _timed_load(record: Record, folder: Path, threads: int | None) -> CompiledModel:
-    give_back_memory()
-    before, start = anonymous_bytes(), perf_counter()
+    # What was freed goes back first, so that what is taken next shows.
+    gc.collect()
+    give_back()
+    before, start = memory()[1], perf_counter()
     model = record.variant.load(folder, threads)
     request = model.create_request()
-    record.anonymous_compiled.append(anonymous_bytes() - before)
+    record.anonymous_compiled.append(memory()[1] - before)
     tokens = Tokens(model.config, 1, [2], 0)
     tokens.feed(request, 0, 2)
     record.load.append(perf_counter() - start)
-    record.anonymous_first.append(anonymous_bytes() - before)
+    record.anonymous_first.append(memory()[1] - before)
     return model
 
 
@@ -262,16 +262,3 @@ class Tokens:
         start = perf_counter()
         request.infer(ids, mask, positions, self.rows, 1, self.prefix)
         return perf_counter() - start
-
-
-def anonymous_bytes() -> int:
-    """Memory of this process without pages of mapped files; all of it where the system does not tell them apart."""
-    info = psutil.Process().memory_info()
-    return info.rss - getattr(info, "shared", 0)
-
-
-def give_back_memory() -> None:
-    """What was freed returns to the system (glibc), so that what is taken next shows in `anonymous_bytes`."""
-    gc.collect()
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -7,6 +7,8 @@ Each module has
   another, by a name of their own;
 - `is_ignored(config, name) -> bool`: stored tensors that the model does not read;
 - `build(config, lowering) -> openvino.Model`: the graph, in the words of `chatglm_ov.lowering`;
+- `EMBEDDING` and `LM_HEAD`: names of these two weights; a tied model stores no `LM_HEAD`;
+- `key_order(config) -> numpy.ndarray`: where the dims of a key lie in the cache, by their place in the checkpoint's;
 - `input_folds(config) -> dict[str, Fold]`: the linear weights whose inputs another weight can scale;
 - `position_ids(config, input_ids, attention_mask)` and `prefix_length(config, input_ids, attention_mask)`:
   the position rules of the original's `prepare_inputs_for_generation`, in numpy.
