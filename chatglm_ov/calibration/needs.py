@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from chatglm_ov.config import ArchitectureConfig
+from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture, graph_shapes
 from chatglm_ov.weights.choices import FormatChoices
 from chatglm_ov.weights.formats import WeightFormat
@@ -19,13 +20,18 @@ LIBRARIES_BYTES = 300_000_000
 def calibrated_weights(
     config: ArchitectureConfig, choices: FormatChoices, weight_formats: Sequence[str], methods: Sequence[str]
 ) -> dict[str, dict[str, WeightFormat]]:
-    """The weights that a calibration chooses, by model format and name: int4 ones, and with GPTQ int8 ones too."""
+    """The weights that a calibration chooses, by model format and name: int4 ones, and with GPTQ int8 ones too. Raises
+    ChatGLMError where the choices leave none."""
     names = ("int4", "int8") if "gptq" in methods else ("int4",)
     chosen = {}
     for model in (name for name in weight_formats if name in names):
         formats = _linear_formats(config, choices, model)
         chosen[model] = {name: fmt for name, fmt in formats.items() if fmt.name in names}
-    return {model: formats for model, formats in chosen.items() if formats}
+    found = {model: formats for model, formats in chosen.items() if formats}
+    if not found:
+        kept = "layer_formats and lm_head_format that leave a weight"
+        raise ChatGLMError("convert", "calibration", "+".join(methods), f"{kept} in {' or '.join(names)}")
+    return found
 
 
 def _linear_formats(config: ArchitectureConfig, choices: FormatChoices, model: str) -> dict[str, WeightFormat]:
@@ -46,7 +52,7 @@ def disk_bytes(config: ArchitectureConfig, chosen: Mapping[str, Mapping[str, Wei
 
 def memory_bytes(config: ArchitectureConfig, chosen: Mapping[str, Mapping[str, WeightFormat]], tokens: int) -> int:
     """The larger of two moments. A layer's inputs are summed up and a weight chosen: the values of the text (the
-    residual twice, the input of the layer), the second moments of its input four times over, and the weight three
+    residual twice, the input of the layer), the second moments of its input and their factor, and the weight three
     times, of int8 some rows of it and its codes. A layer, but not the LM head, is run: the same values, what it makes,
     and its weight as read, as a constant and as laid out."""
     shapes = graph_shapes(config)
@@ -55,7 +61,7 @@ def memory_bytes(config: ArchitectureConfig, chosen: Mapping[str, Mapping[str, W
         rows, columns = shapes[name]
         values = tokens * (2 * config.hidden_size + columns)
         at_once = min(rows, INT8_ROWS) if fmt.name == "int8" else rows
-        needs.append(4 * (values + 3 * at_once * columns + 4 * columns**2) + rows * columns)
+        needs.append(4 * (values + 3 * at_once * columns + 2 * columns**2) + rows * columns)
         if rows != config.vocab_rows:
             needs.append(4 * (values + tokens * rows + 3 * rows * columns))
     return LIBRARIES_BYTES + max(needs)

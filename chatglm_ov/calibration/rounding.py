@@ -2,9 +2,10 @@
 
 `clipped` shrinks the range of each group to where the rounding errors, weighed by the square of the inputs, are
 smallest. `Compensation` rounds one column after the other, those of the largest inputs first, and lets each make up for
-the errors of those before it (GPTQ, arXiv:2210.17323). With the second moments as R R^T, R upper triangular, the mean
-square of D x is |D R|^2, and entry j of D R depends on the errors of columns up to j only: column j is rounded from
-w_j + (d_0 R_0j + ... + d_{j-1} R_{j-1,j}) / R_jj. That needs no inverse (arXiv:2507.18553 shows that it is the same).
+the errors of those before it (GPTQ, arXiv:2210.17323). With the second moments as L L^T, L lower triangular, the mean
+square of D x is |D L|^2, and entry j of D L depends on the errors of columns from j on only: so, from the last column
+down, column j is rounded from w_j + (d_{j+1} L_{j+1,j} + d_{j+2} L_{j+2,j} + ...) / L_jj. That needs no inverse
+(arXiv:2507.18553 shows that it is the same), and no memory but that of L.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ class Compensation:
     """Rounds the rows of one weight; what depends on the inputs only is computed once."""
 
     def __init__(self, moments: InputMoments):
-        self._order = moments.second.diagonal().argsort(descending=True)
-        self._factor = _upper_factor(moments.second, self._order)
+        self._order = moments.second.diagonal().argsort()
+        self._factor = _lower_factor(moments.second, self._order)
 
     def codes(self, weight: Tensor, grid: Grid, group: int) -> Tensor:
         """Codes uint8 [n, K] of weight [n, K] on a grid that is given."""
@@ -130,30 +131,32 @@ class Compensation:
         weight = weight.T[self._order]
         scale, zero_point = (part[..., 0].T[of_column] for part in (grid.scale, grid.zero_point))
         codes, carried = torch.empty_like(weight, dtype=torch.uint8), torch.zeros_like(weight)
-        for start in range(0, len(weight), LAZY_COLUMNS):
-            end = min(len(weight), start + LAZY_COLUMNS)
-            factor, errors = self._factor[start:end], torch.empty(end - start, weight.shape[1])
-            for i, column in enumerate(range(start, end)):
-                wanted = weight[column] + carried[column] / factor[i, column]
+        for end in range(len(weight), 0, -LAZY_COLUMNS):
+            start = max(0, end - LAZY_COLUMNS)
+            factor = self._factor[start:end, start:end].contiguous()
+            errors = torch.empty(end - start, weight.shape[1])
+            for i in reversed(range(end - start)):
+                column = start + i
+                wanted = weight[column] + carried[column] / factor[i, i]
                 code = wanted.div_(scale[column]).round_().add_(zero_point[column]).clamp_(0, grid.levels)
                 codes[column] = code
                 errors[i] = weight[column] - code.sub_(zero_point[column]).mul_(scale[column])
-                carried[column + 1 : end].addr_(factor[i, column + 1 : end], errors[i])
-            carried[end:].addmm_(factor[:, end:].T, errors)
+                carried[start:column].addr_(factor[i, :i], errors[i])
+            carried[:start].addmm_(self._factor[start:end, :start].T, errors)
         stored = torch.empty_like(codes)
         stored[self._order] = codes
         return stored.T
 
 
-def _upper_factor(second: Tensor, order: Tensor) -> Tensor:
-    """Upper triangular R with R R^T = second, reordered and damped until it has such a factor: the Cholesky factor of
-    the matrix with rows and columns in reverse, in reverse."""
-    backwards = order.flip(0)
-    reordered = second[backwards[:, None], backwards]
-    damping = DAMPING * reordered.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+def _lower_factor(second: Tensor, order: Tensor) -> Tensor:
+    """Lower triangular L with L L^T = second, reordered and damped until it has such a factor."""
+    damping = DAMPING * second.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    failed = torch.empty((), dtype=torch.int32)
     while True:
-        reordered.diagonal().add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(reordered)
+        # Columns lie one behind the other, as LAPACK has them: the factor takes the place of the matrix.
+        factor = second[order[:, None], order].T
+        factor.diagonal().add_(damping)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed:
-            return lower.flip(0, 1)
+            return factor
         damping *= 10
