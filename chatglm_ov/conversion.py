@@ -1,6 +1,6 @@
 """From a checkpoint folder to a converted folder that is complete by itself.
 
-    OUT/config.json, generation_config.json, tokenizer files
+    OUT/config.json, generation_config.json, tokenizer files, prefix.safetensors of a trained prefix
     OUT/<weight_format>/openvino_model.xml, openvino_model.bin
 
 Everything is written to a folder beside OUT that takes its name at the very end: a conversion that fails or is
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,14 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from chatglm_ov.checkpoint import Checkpoint
-from chatglm_ov.config import (
-    ArchitectureConfig,
-    GlmConfig,
-    RopeRatioMeaning,
-    config_class,
-    parse_config,
-    read_config_json,
-)
+from chatglm_ov.config import ArchitectureConfig, RopeRatioMeaning, parse_config, read_config_json
+from chatglm_ov.conversion_checks import check_apart, check_arguments, check_replaceable
+from chatglm_ov.converted_config import converted_fields, given_fields, is_converted, warn_of_doubtful_base
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.finished_folder import check_disk, finished_or_nothing, remove_leftovers
 from chatglm_ov.lora import with_lora
@@ -42,21 +36,18 @@ from chatglm_ov.model_weights import model_weights
 from chatglm_ov.models import architecture
 from chatglm_ov.native import check_forced_level, native, unavailable
 from chatglm_ov.plan import Plan, make_plan
-from chatglm_ov.prequantized import CONFIG_FIELDS, open_checkpoint
+from chatglm_ov.prequantized import open_checkpoint
 from chatglm_ov.sizes import size
 from chatglm_ov.tokenizer import save_tokenizer_files
 from chatglm_ov.trained_prefix import TrainedPrefix, has_prefix, read_prefix
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
 from chatglm_ov.weights.file import WeightsFile
-from chatglm_ov.weights.formats import FORMATS
 from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, write_ir
 from chatglm_ov.weights.quantized import QuantizedTensor
 from chatglm_ov.weights.store import Progress, WeightStore
 
 if TYPE_CHECKING:
     from chatglm_ov.calibration.text import Calibration
-
-OPS = ("fused", "stock")
 
 _OTHER_BYTES = 8 << 20
 """Room for graphs, configuration and tokenizer."""
@@ -93,24 +84,24 @@ def convert(
     rope_ratio_meaning: `position` or `base`, where the checkpoint's config.json does not tell (see
     `ChatGLM2Config`). rope_theta: the rotary base of `glm` and `glm4` models where config.json has a wrong one.
     rope_scaling: for contexts that are longer than those the model was trained on, fields as in config.json:
-    {"rope_type": "yarn", "factor": 4.0} (also "linear", "ntk"), not for ChatGLM-6B. overwrite: `output` may be
-    there and not empty (see `_check_replaceable`). Returns `output`.
+    {"rope_type": "yarn", "factor": 4.0} (also "linear", "ntk"), not for ChatGLM-6B. overwrite: a converted folder that
+    is `output` is replaced, and what is in a folder of other things stays, beside the new files. Returns `output`.
 
     Raises ChatGLMError for anything that is wrong with the arguments, the checkpoint or the disk; then nothing is
     left behind.
     """
     source, target, adapter = Path(checkpoint), Path(output), None if lora is None else Path(lora)
-    fields = _config_fields(source, rope_ratio_meaning, rope_theta, rope_scaling)
+    fields = given_fields(source, rope_ratio_meaning, rope_theta, rope_scaling)
     config = parse_config(fields, source / "config.json")
-    _warn_of_doubtful_base(config)
-    _check_arguments(source, target, weight_formats, ops)
+    warn_of_doubtful_base(config)
+    check_arguments(source, target, weight_formats, ops)
     if adapter is not None:
         check_apart(target, adapter, "LoRA")
     if p_tuning is not None:
         check_apart(target, Path(p_tuning), "P-Tuning")
     if calibration is not None:
         check_apart(target, calibration.source.path, "calibration text")
-    _check_replaceable(target, overwrite)
+    check_replaceable(target, overwrite)
     ops = available_ops(ops)
     with open_checkpoint(source, fields) as stored, with_lora(stored, adapter, config) as merged:
         weights = model_weights(config, merged)
@@ -237,91 +228,6 @@ def plan_conversion(
         return make_plan(config, model_weights(config, weights), weight_formats, available_ops(ops))
 
 
-def _config_fields(
-    source: Path,
-    rope_ratio_meaning: str | None = None,
-    rope_theta: float | None = None,
-    rope_scaling: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Contents of config.json with what the caller knows better."""
-    fields = read_config_json(source)
-    if "chatglm_ov" in fields:
-        raise ChatGLMError(source, "checkpoint", "a converted folder", "the folder that it was made of")
-    given = {"rope_ratio_meaning": rope_ratio_meaning, "rope_theta": rope_theta, "rope_scaling": rope_scaling}
-    described = config_class(fields, source / "config.json")
-    for name, value in given.items():
-        if value is None:
-            continue
-        if name not in described.model_fields:
-            raise ChatGLMError("convert", name, value, f"not given: {described.architecture} models have none")
-        if name == "rope_scaling" and not isinstance(value, Mapping):
-            raise ChatGLMError("convert", name, value, 'an object such as {"rope_type": "yarn", "factor": 4.0}')
-        fields[name] = dict(value) if isinstance(value, Mapping) else value
-        # What stands in an object goes before what stands beside it.
-        for other in ("rope_parameters", "rope_scaling"):
-            if isinstance(fields.get(other), dict) and other != name:
-                fields[other] = {key: part for key, part in fields[other].items() if key != name}
-    return fields
-
-
-def _warn_of_doubtful_base(config: ArchitectureConfig) -> None:
-    """The published files of GLM-4-9B-chat-hf have lost the factor of their rotary base (model-family 1.3)."""
-    if config.architecture != "glm" or not isinstance(config, GlmConfig):
-        return
-    if config.max_position_embeddings >= 131072 and config.rope_theta == 10000:
-        trained = "1e8" if config.max_position_embeddings > 131072 else "5e6"
-        log.warning(
-            "rope_theta is 10000 in config.json, which is what transformers computes with; the same weights in their "
-            "original layout were trained with %s. --rope-theta %s converts with that.",
-            trained,
-            trained,
-        )
-
-
-def is_converted(folder: Path) -> bool:
-    """Whether that is what `convert` writes, or was once."""
-    try:
-        return "chatglm_ov" in read_config_json(folder)
-    except ChatGLMError:
-        return False
-
-
-def _check_arguments(source: Path, target: Path, weight_formats: Sequence[str], ops: str) -> None:
-    if isinstance(weight_formats, str) or not weight_formats:
-        raise ChatGLMError("convert", "weight_formats", repr(weight_formats), f"a list of {', '.join(FORMATS)}")
-    for name in weight_formats:
-        if name not in FORMATS:
-            raise ChatGLMError("convert", "weight_formats", repr(name), f"one of {', '.join(FORMATS)}")
-    if ops not in OPS:
-        raise ChatGLMError("convert", "ops", repr(ops), f"one of {', '.join(OPS)}")
-    if target.exists() and not target.is_dir():
-        raise ChatGLMError(target, "output", "a file", "a folder that is new or empty")
-    check_apart(target, source, "checkpoint")
-    if os.path.ismount(target):
-        raise ChatGLMError(target, "output", "a mount point, which cannot be renamed to", "a folder in it")
-
-
-def _check_replaceable(target: Path, overwrite: bool) -> None:
-    """An output that is not empty: with `overwrite`, no folder of another model, and none that somebody is in. A
-    converted folder is replaced; what is in any other stays, beside the new files."""
-    if not target.is_dir() or not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise ChatGLMError(target, "output", "not empty", "a new or empty folder, or --overwrite")
-    if (target / "config.json").exists() and not is_converted(target):
-        raise ChatGLMError(target, "output", "a folder of another model", "a converted folder, or another place")
-    if is_converted(target) and target.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise ChatGLMError(target, "output", "the current folder, which cannot be replaced", "another folder")
-
-
-def check_apart(target: Path, folder: Path, name: str) -> None:
-    """Raises ChatGLMError for a folder or file of what is read that the output would take the place of."""
-    if target.resolve() == folder.resolve():
-        raise ChatGLMError(target, "output", f"the {name} itself", "another folder")
-    if target.resolve() in folder.resolve().parents:
-        raise ChatGLMError(target, "output", f"a folder that the {name} is in", "another folder")
-
-
 @contextmanager
 def _progress_bar(plan: Plan, shown: bool) -> Iterator[Progress]:
     with tqdm(total=plan.read_bytes, unit="B", unit_scale=True, disable=not shown, desc="convert") as bar:
@@ -369,25 +275,13 @@ def convert_weights(
     model. ops: fused or stock, as `available_ops` gives it."""
     config = parse_config(fields)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", _converted_fields(fields, config, ops))
+    _write_json(folder / "config.json", converted_fields(fields, config, ops))
     _write_model(config, weights, folder / weight_format, weight_format, ops, report, choices)
-
-
-def _converted_fields(fields: dict[str, Any], config: ArchitectureConfig, ops: str) -> dict[str, Any]:
-    """config.json of a converted folder: without the pointers to remote code and the checkpoint's own quantization,
-    with our marker."""
-    kept = {key: value for key, value in fields.items() if key not in ("auto_map", *CONFIG_FIELDS)}
-    if hasattr(config, "rope_ratio_meaning"):
-        kept["rope_ratio_meaning"] = config.rope_ratio_meaning
-    if not kept.get("pre_seq_len"):
-        kept.pop("pre_seq_len", None)
-    kept["chatglm_ov"] = {"format_version": FORMAT_VERSION, "architecture": config.architecture, "ops": ops}
-    return kept
 
 
 def _write_side_files(source: Path, folder: Path, fields: dict[str, Any], config: ArchitectureConfig, ops: str) -> None:
     """config.json, generation_config.json, tokenizer files."""
-    _write_json(folder / "config.json", _converted_fields(fields, config, ops))
+    _write_json(folder / "config.json", converted_fields(fields, config, ops))
     generation = source / "generation_config.json"
     if generation.exists():
         shutil.copyfile(generation, folder / generation.name)

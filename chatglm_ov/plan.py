@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.config import ArchitectureConfig
-from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture, graph_shapes
 from chatglm_ov.sizes import size
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
@@ -56,9 +54,9 @@ def make_plan(
 ) -> Plan:
     """weights: as `model_weights` gives them. ops: fused or stock. more_bytes: of other files that are written. Memory
     is the interpreter with its libraries and a few blocks of rows, or what a calibration needs. Raises ChatGLMError for
-    patterns of formats that fit no weight."""
+    choices that this model has no use for."""
     shapes = graph_shapes(config)
-    _check_patterns(config, choices)
+    _check_choices(config, choices)
     formats = tuple(dict.fromkeys(weight_formats))
     read = sum(weights.nbytes(name) for name in shapes) * len(formats)
     disk = more_bytes + sum(_stored_bytes(config, weights, name, ops, choices) for name in formats)
@@ -73,14 +71,13 @@ def make_plan(
     return Plan(config, formats, read, disk, LIBRARIES_BYTES + memory)
 
 
-def _check_patterns(config: ArchitectureConfig, choices: FormatChoices) -> None:
+def _check_choices(config: ArchitectureConfig, choices: FormatChoices) -> None:
     module = architecture(config)
     shapes = graph_shapes(config)
-    layers = [n for n, shape in shapes.items() if len(shape) == 2 and n not in (module.EMBEDDING, module.LM_HEAD)]
-    for pattern in choices.layer_formats:
-        if not fnmatch.filter(layers, pattern):
-            wanted = f"a pattern of linear weights in layers, such as {layers[0]}"
-            raise ChatGLMError("convert", "layer_formats", repr(pattern), wanted)
+    tables = (module.EMBEDDING, module.LM_HEAD)
+    choices.check_layers([name for name, shape in shapes.items() if len(shape) == 2 and name not in tables])
+    if module.LM_HEAD not in shapes:
+        choices.check_tied()
 
 
 def _stored_bytes(
@@ -95,7 +92,7 @@ def _stored_bytes(
             total += 4 * shape[0]
             continue
         if name == module.LM_HEAD or (tied and name == module.EMBEDDING):
-            chosen = choices.lm_head(weight_format, shape[1])
+            chosen = choices.lm_head(weight_format, shape[1], weights.dtype(name))
         elif name == module.EMBEDDING:
             chosen = choices.embedding(weight_format)
         else:

@@ -25,7 +25,8 @@ from rich.progress import track
 from rich.table import Table
 
 from chatglm_ov import convert
-from chatglm_ov.conversion import OPS, available_ops
+from chatglm_ov.conversion import available_ops
+from chatglm_ov.conversion_checks import OPS
 from chatglm_ov.runtime import CompiledModel, load_model
 from chatglm_ov.weights.formats import FORMATS
 

@@ -85,7 +85,7 @@ class WeightStore:
         return self.choices.linear(self.weight_format, name, self.checkpoint.shape(name)[1])
 
     def _lm_head_format(self, name: str) -> WeightFormat:
-        return self.choices.lm_head(self.weight_format, self.checkpoint.shape(name)[1])
+        return self.choices.lm_head(self.weight_format, self.checkpoint.shape(name)[1], self.checkpoint.dtype(name))
 
     def _parts(self, name: str, fmt: WeightFormat, rows: np.ndarray | None) -> dict[str, ov.Node]:
         if name not in self._constants:
