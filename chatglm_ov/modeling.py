@@ -15,7 +15,7 @@ from chatglm_ov.config import ArchitectureConfig, read_config_json
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation.cache import CACHE_NAME, Session, StateCache, one_cache
 from chatglm_ov.generation.chat import ChatMixin
-from chatglm_ov.generation.inputs import Step, pieces, prepare
+from chatglm_ov.generation.inputs import Step, pieces, prepare, refuse_tensors
 from chatglm_ov.generation.mixin import StatefulGenerationMixin
 from chatglm_ov.generation.speculative import Speculation
 from chatglm_ov.memory import give_back
@@ -38,6 +38,20 @@ _LEFT_OUT = {
     "rope_scaling",
     "torch_dtype",
     "transformers_version",
+}
+
+
+# Arguments of other libraries' from_pretrained(). What these ask for is so in any case, or has no meaning here.
+_WITHOUT_EFFECT = {"cache_dir", "compile", "local_files_only", "low_cpu_mem_usage", "trust_remote_code"}
+_PRECISION = "weight_format (of the weights) or inference_precision (of the arithmetic)"
+# These have another name here, beside the values, besides None, that ask for nothing.
+_NAMED_OTHERWISE: dict[str, tuple[tuple[str, ...], str]] = {
+    "device_map": (("auto", "cpu"), "device"),
+    "dtype": (("auto",), _PRECISION),
+    "torch_dtype": (("auto",), _PRECISION),
+    "quantization_config": ((), "weight_format"),
+    "ov_config": ((), "properties"),
+    "attn_implementation": ((), "none: attention is part of the converted model"),
 }
 
 
@@ -92,16 +106,18 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         properties: dict[str, Any] | None = None,
         kv_cache_format: str | None = None,
         activation_bits: int = 16,
-        trust_remote_code: bool = False,
+        **others: Any,
     ) -> OVChatGLMForCausalLM:
         """Open a converted folder.
 
         `weight_format` None: int8 if it is there, else bf16, else the first. `inference_precision` ("f32",
         "bf16") None: what the device prefers. `properties`: further OpenVINO properties. `kv_cache_format` ("f32",
         "bf16", "int8") None: f32 if the inference precision is, else bf16. `activation_bits` 8: faster prompts,
-        less exact, with int8 and int4 weights of a folder with fused operations. `trust_remote_code` is there for code
-        that was written for the originals: nothing in a folder is executed either way.
+        less exact, with int8 and int4 weights of a folder with fused operations. `others` are there for code that was
+        written for other libraries: `trust_remote_code`, `low_cpu_mem_usage` and the like change nothing, ChatGLMError
+        says what stands here for `dtype`, `ov_config`, ... Nothing in a folder is executed in any case.
         """
+        _check_others(others)
         compiled = load_model(
             folder, weight_format, inference_precision, device, properties, kv_cache_format, activation_bits
         )
@@ -111,6 +127,9 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         """Not offered: the converted folder is the saved form, and complete by itself."""
         folder = self.config.name_or_path
         raise ChatGLMError("save_pretrained", "model", "a converted one", f"a copy of the folder {folder}")
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is left to do: the model is compiled when it is opened."""
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +143,7 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: StateCache | None = None,
@@ -136,6 +155,9 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         output_hidden_states: bool | None = None,
         cache: StateCache | None = None,
         labels: torch.Tensor | None = None,
+        inputs_embeds: None = None,
+        token_type_ids: None = None,
+        cache_position: torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of the next token after each column, float32 [B, L, V], and the cache.
 
@@ -147,7 +169,9 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         `prompt_copies` n: each row is computed and stored once, and stands for n rows of the result and of the cache.
         Long inputs are computed in pieces; `prompt_progress` is told of them. `labels` int64 [B, L], -100 where there
         is none: the loss is the mean of -ln p of each but the first, as the column before predicts it.
+        `cache_position` is not looked at: new columns follow those in the cache.
         """
+        refuse_tensors("forward", inputs_embeds=inputs_embeds, token_type_ids=token_type_ids)
         _refuse(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ChatGLMError("forward", "logits_to_keep", logits_to_keep, "0 (all) or a number of last columns")
@@ -164,7 +188,7 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
 
     def _forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         given: Any,
@@ -212,6 +236,18 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
             if self.prompt_progress is not None and total > 1:
                 self.prompt_progress(piece.stop, total)
         return kept[0] if len(kept) == 1 else np.concatenate(kept, axis=1)
+
+
+def _check_others(others: dict[str, Any]) -> None:
+    """Raise for an argument of `from_pretrained` that would not be followed."""
+    for name, value in others.items():
+        if name in _WITHOUT_EFFECT:
+            continue
+        if name not in _NAMED_OTHERWISE:
+            raise TypeError(f"from_pretrained() got an unexpected keyword argument {name!r}")
+        harmless, wanted = _NAMED_OTHERWISE[name]
+        if value is not None and not (isinstance(value, str) and value in harmless):
+            raise ChatGLMError("from_pretrained", name, repr(value), wanted)
 
 
 def _refuse(**wishes: bool | None) -> None:

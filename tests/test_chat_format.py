@@ -343,6 +343,10 @@ def test_bad_rounds(history, told):
             "history[0]: role is 'tool', expected system, user, assistant or observation",
         ),
         ([{"role": "user"}], "history[0]: content is of type NoneType, expected text"),
+        (
+            [{"role": "user", "content": "a", "image": "a.png"}],
+            "history[0]: image is given, expected none: images are not supported",
+        ),
         ([{"role": "user", "content": "a", "metadata": 1}], "history[0]: metadata is of type int, expected text"),
         (
             [{"role": "system", "content": "", "tools": "x"}],

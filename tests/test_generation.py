@@ -21,6 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from chatglm_ov import ChatGLMError
+from chatglm_ov.generation.inputs import _warn_once
 
 pytestmark = pytest.mark.transformers_matrix
 
@@ -98,6 +99,32 @@ def test_leading_pad_ids_without_a_mask_are_padding(golden, open_model):
     ends = np.atleast_1d(model.generation_config.eos_token_id)
     known = model.generation_config.pad_token_id not in ends
     assert torch.equal(got, golden.tensor("batch_generate")) == known
+
+
+@each_golden
+def test_padding_that_is_taken_for_text_is_told_once(golden, open_model, caplog):
+    model, ids = open_model(golden), golden.tensor("batch_input_ids")
+    _warn_once.cache_clear()
+    told = {"max_new_tokens": 2, "do_sample": False}
+
+    def warnings(given, **options) -> list[str]:
+        caplog.clear()
+        model.generate(given, **told, **options)
+        return [record.getMessage() for record in caplog.records if record.name.startswith("chatglm_ov")]
+
+    first, last = int(ids[0, 0]), int(ids[0, -1])
+    ends = {"pad_token_id": first, "eos_token_id": [first]}
+    assert warnings(ids, **ends, attention_mask=torch.ones_like(ids)) == []
+    (text,) = warnings(ids, **ends)
+    assert text.startswith(f"Rows begin with {first}, which is pad_token_id and an end id")
+    assert warnings(ids, **ends) == []
+    (text,) = warnings(ids, pad_token_id=last, eos_token_id=-1)
+    assert text.startswith(f"Rows end with pad_token_id {last}, which is taken for text")
+    # One row, and rows without any padding, are nobody's mistake.
+    _warn_once.cache_clear()
+    assert warnings(golden.tensor("p5_input_ids"), pad_token_id=last, eos_token_id=-1) == []
+    other = next(index for index in range(model.config.vocab_size) if index not in ids)
+    assert warnings(ids, pad_token_id=other, eos_token_id=other) == []
 
 
 @each_golden
@@ -286,6 +313,51 @@ def test_generation_continues_from_a_cache(golden, prompt, whole, open_either_mo
 
 
 @each_golden
+@pytest.mark.parametrize("prompt", ["p5", "batch"])
+def test_what_is_all_in_the_cache_is_not_fed_again(golden, prompt, open_model):
+    """Neither the sequence nor its beginning; with one column less in the cache it goes on."""
+    model, given = open_model(golden), model_inputs(golden, prompt)
+    options = {"do_sample": False, "max_new_tokens": 8}
+    wanted, length = model.generate(**given, **options), given["input_ids"].shape[1]
+    cache = model(**given).past_key_values
+    for ids in (given["input_ids"], given["input_ids"][:, :-1]):
+        for mask in (None, torch.ones_like(ids)):
+            with pytest.raises(ChatGLMError, match=f"columns is {ids.shape[1]}, all of them in past_key_values"):
+                model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    assert cache.get_seq_length() == length
+    cache.crop(length - 1)
+    # A prefix that is seen both ways is another one without its last column.
+    if cache.columns.prefix is None:
+        assert torch.equal(model.generate(given["input_ids"], past_key_values=cache, **options), wanted)
+
+
+@each_golden
+def test_a_sequence_that_begins_otherwise_than_the_cache_is_refused(golden, open_model):
+    model, start = open_model(golden), golden.tensor("p5_input_ids")
+    cache = model(start).past_key_values
+    new = golden.tensor("p5_dec_tokens")[:, :9]
+    with pytest.raises(ChatGLMError, match="first columns is others, expected the 5 in past_key_values; new ids alone"):
+        model.generate(new, past_key_values=cache, max_new_tokens=2)
+    options = {"do_sample": False, "max_new_tokens": 4}
+    mask = torch.ones(1, 14, dtype=torch.int64)
+    got = model.generate(new, attention_mask=mask, past_key_values=cache, **options)
+    assert torch.equal(got[:, 9:], model.generate(torch.cat([start, new], dim=1), **options)[:, 14:])
+
+
+@each_golden
+def test_ids_that_are_new_may_be_those_at_the_beginning(golden, open_model):
+    """One alone, or with a mask that says so."""
+    model, start = open_model(golden), golden.tensor("p5_input_ids")
+    for count in (1, 2):
+        new, cache = start[:, :count], model(start).past_key_values
+        mask = None if count == 1 else torch.ones(1, 5 + count, dtype=torch.int64)
+        got = model.generate(new, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=4)
+        whole = torch.cat([start, new], dim=1)
+        wanted = model.generate(whole, past_key_values=model(start).past_key_values, do_sample=False, max_new_tokens=4)
+        assert torch.equal(got[:, count:], wanted[:, 5 + count :])
+
+
+@each_golden
 def test_a_cache_has_two_names(golden, open_model):
     """`past_key_values`, and `cache` as transformers calls it from 5.24 on, whichever release is installed."""
     model, start = open_model(golden), golden.tensor("p5_input_ids")
@@ -332,8 +404,10 @@ def test_empty_prompts_are_refused(golden, open_model):
         model.generate(max_new_tokens=2)
     with pytest.raises(ChatGLMError, match=r"input_ids: shape is \[1, 0\]"):
         model.generate(torch.zeros(1, 0, dtype=torch.int64), max_new_tokens=2)
-    with pytest.raises(ChatGLMError, match="inputs_embeds is given"):
+    with pytest.raises(ChatGLMError, match="generate: inputs_embeds is given"):
         model.generate(inputs_embeds=torch.zeros(1, 2, 8), max_new_tokens=2)
+    with pytest.raises(ChatGLMError, match="generate: token_type_ids is given"):
+        model.generate(torch.zeros(1, 2, dtype=torch.int64), token_type_ids=torch.zeros(1, 2), max_new_tokens=2)
 
 
 @each_golden

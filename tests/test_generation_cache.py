@@ -111,6 +111,28 @@ def test_crop_forgets_the_last_columns():
     assert cache.get_seq_length() == (0 if "max_length" in inspect.signature(DynamicCache.crop).parameters else 3)
 
 
+def test_a_latest_handle_is_one_of_the_same_sequence():
+    session, cache = begun()
+    latest = session.latest()
+    assert latest.get_seq_length() == cache.get_seq_length() == 5
+    latest.crop(3)
+    assert cache.get_seq_length() == 3
+    session.restart(1, None)
+    with pytest.raises(ChatGLMError, match="sequence is an earlier one"):
+        latest.get_seq_length()
+
+
+def test_what_the_columns_begin_with():
+    """As far as both go; padding (a column in row 1, two in row 2) may be anything."""
+    columns = begun()[1].columns
+    ids = columns.ids.copy()
+    ids[1, 0] = ids[2, 1] = -7
+    longer = np.concatenate([ids, ids], axis=1)
+    assert columns.begins_with(ids) and columns.begins_with(ids[:, :3]) and columns.begins_with(longer)
+    ids[1, 1] = -7
+    assert not columns.begins_with(ids) and columns.begins_with(ids[:, :1])
+
+
 def test_a_new_sequence_makes_the_handle_stale():
     session, cache = begun()
     cache.check_current(session)

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from golden_sets import ROOTS
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, pipeline
 
 from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert, load_tokenizer
 from chatglm_ov.chat import chat_format_for
 from chatglm_ov.cli.demo import CHECKPOINT
+from chatglm_ov.generation.cache import StateCache
 from chatglm_ov.generation.chat import _settings
 from chatglm_ov.generation.stream import stream_tokens
 from chatglm_ov.generation.timing import Stopwatch
@@ -249,13 +250,57 @@ def test_settings_are_the_originals_unless_told(case):
     assert settings["do_sample"] is True
     assert (settings["top_p"], settings["temperature"]) == (defaults.top_p, defaults.temperature)
     assert settings["max_length"] == min(defaults.max_length, 4096)
-    assert settings["eos_token_id"] == chat.stop_token_ids(case.tokenizer)
     told = _settings(chat, case.tokenizer, 10, {"max_new_tokens": 7, "temperature": 0.2, "top_k": 3}, config)
     assert (told["max_length"], told["temperature"], told["top_k"]) == (17, 0.2, 3)
     assert _settings(chat, case.tokenizer, 10, {"max_new_tokens": 9999}, config)["max_length"] == 4096
     # Without sampling its parameters say nothing, and the library warns of them.
     plain = _settings(chat, case.tokenizer, 10, {"do_sample": False}, config)
     assert (plain["top_p"], plain["temperature"]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"do_sample": False}], ids=str)
+@pytest.mark.parametrize("zero", [0, 0.0])
+def test_no_temperature_is_greedy(case, options, zero):
+    asked = {**question(case.entries[0]), "max_new_tokens": 8}
+    wanted = case.model.chat(case.tokenizer, **asked, do_sample=False)
+    assert case.model.chat(case.tokenizer, **asked, **options, temperature=zero) == wanted
+    assert list(case.model.stream_chat(case.tokenizer, **asked, **options, temperature=zero))[-1] == wanted
+
+
+def test_a_stream_as_the_originals_are_called(case):
+    """Turn by turn with the cache handed on, which need not be: the next turn finds what it has in common anyway."""
+    options = {"do_sample": False, "max_new_tokens": 5}
+    history, past = [], None
+    for query in ("ab", "cd"):
+        wanted = case.model.chat(case.tokenizer, query, history=history, **options)
+        plain = {"past_key_values": None, "return_past_key_values": False}
+        assert list(case.model.stream_chat(case.tokenizer, query, history, **plain, **options))[-1] == wanted
+        handed_on = {"past_key_values": past, "return_past_key_values": True}
+        told = list(case.model.stream_chat(case.tokenizer, query, history, **handed_on, **options))
+        assert all(isinstance(handle, StateCache) for _, _, handle in told)
+        answer, history, past = told[-1]
+        assert (answer, history) == wanted
+    assert past.get_seq_length() == len(past.columns.ids[0]) > 0
+    for call in (case.model.chat, case.model.stream_chat):
+        assert call(case.tokenizer, "ef", history=history, past_key_values=past, **options)
+        with pytest.raises(ChatGLMError, match="chat: past_key_values is of type list, expected None or what"):
+            call(case.tokenizer, "ef", past_key_values=[])
+
+
+def test_a_pipeline_goes_on_with_an_answer(case):
+    asked = [{"role": "user", "content": "你好"}]
+    talk = pipeline("text-generation", model=case.model, tokenizer=case.tokenizer)
+    options = {"do_sample": False, "max_new_tokens": 4}
+    for begun in (asked, [*asked, {"role": "assistant", "content": "明月"}]):
+        goes_on = len(begun) == 2
+        ids = case.tokenizer.apply_chat_template(
+            begun, add_generation_prompt=not goes_on, continue_final_message=goes_on, return_dict=False
+        )
+        new = case.model.generate(torch.tensor([ids]), **options)[0, len(ids) :]
+        (made,) = talk(begun, **options)
+        last = made["generated_text"][-1]
+        assert last["role"] == "assistant" and last["content"].startswith("明月" if goes_on else "")
+        assert last["content"].endswith(case.tokenizer.decode(new, skip_special_tokens=True).strip())
 
 
 def test_a_config_of_the_call_counts(case):

@@ -196,6 +196,9 @@ def _wrong_inputs(model, ids):
     yield {"input_ids": ids, "logits_to_keep": -1}, "logits_to_keep is -1"
     yield {"input_ids": ids, "output_attentions": True}, "output_attentions is True"
     yield {"input_ids": ids, "output_hidden_states": True}, "output_hidden_states is True"
+    yield {"inputs_embeds": torch.zeros(1, 5, 8)}, "forward: inputs_embeds is given, expected input_ids"
+    yield {"input_ids": ids, "token_type_ids": ids}, "forward: token_type_ids is given"
+    yield {}, "input_ids: type is NoneType"
 
 
 @each_golden
@@ -216,6 +219,8 @@ def test_what_other_models_take_is_taken(golden, open_model):
     wanted = model(ids).logits
     assert torch.equal(model(ids, attention_mask=torch.ones(ids.shape)).logits, wanted)
     assert torch.equal(model(ids, past_key_values=DynamicCache()).logits, wanted)
+    nothing = {"inputs_embeds": None, "token_type_ids": None, "cache_position": torch.arange(17)}
+    assert torch.equal(model(ids, **nothing).logits, wanted)
     given = {"input_ids": ids, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(**given, past_key_values=DynamicCache()), model.generate(**given))
     labels = ids.clone()
@@ -223,6 +228,18 @@ def test_what_other_models_take_is_taken(golden, open_model):
     likely = wanted[0, :-1].log_softmax(-1)[torch.arange(16), ids[0, 1:]]
     assert abs(float(model(ids, labels=labels).loss + likely[4:].mean())) < 1e-5
     assert model(ids).loss is None
+
+
+@each_golden
+def test_compiling_it_once_more_is_harmless(golden, open_model):
+    model, ids = open_model(golden), golden.tensor("p5_input_ids")
+    wanted = model(ids).logits
+    twin = OVChatGLMForCausalLM(model.config, model.compiled)
+    twin.compile()
+    twin.compile(mode="reduce-overhead")
+    assert torch.equal(twin(ids).logits, wanted)
+    options = {"do_sample": False, "max_new_tokens": 3}
+    assert torch.equal(twin.generate(ids, **options), model.generate(ids, **options))
 
 
 @each_golden
@@ -312,6 +329,44 @@ def test_weight_format_is_chosen(folder):
     assert OVChatGLMForCausalLM.from_pretrained(folder, "f32").compiled.weight_format == "f32"
     with pytest.raises(ChatGLMError, match="weight_format is 'int4', expected one of"):
         OVChatGLMForCausalLM.from_pretrained(folder, "int4")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"trust_remote_code": True, "low_cpu_mem_usage": True, "local_files_only": True, "cache_dir": "x"},
+        {"device_map": "auto", "torch_dtype": "auto", "compile": False},
+        {"device_map": "cpu", "dtype": "auto", "ov_config": None, "attn_implementation": None},
+        {"device_map": None, "dtype": None, "torch_dtype": None, "quantization_config": None},
+    ],
+    ids=["switches", "auto", "cpu", "none"],
+)
+def test_what_other_libraries_are_opened_with_changes_nothing(folder, arguments):
+    model = OVChatGLMForCausalLM.from_pretrained(folder, "f32", **arguments)
+    assert model.compiled.weight_format == "f32"
+    ids = GOLDENS[0].tensor("p5_input_ids")
+    assert torch.equal(model(ids).logits, OVChatGLMForCausalLM.from_pretrained(folder, "f32")(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("dtype", torch.bfloat16, "torch.bfloat16, expected weight_format"),
+        ("torch_dtype", "float16", "'float16', expected weight_format"),
+        ("device_map", {"": 0}, r"{'': 0}, expected device"),
+        ("ov_config", {"NUM_STREAMS": 1}, r"{'NUM_STREAMS': 1}, expected properties"),
+        ("quantization_config", {"bits": 4}, r"{'bits': 4}, expected weight_format"),
+        ("attn_implementation", "sdpa", "'sdpa', expected none"),
+    ],
+)
+def test_what_would_not_be_followed_is_told(folder, name, value, wanted):
+    with pytest.raises(ChatGLMError, match=f"from_pretrained: {name} is {wanted}"):
+        OVChatGLMForCausalLM.from_pretrained(folder, **{name: value})
+
+
+def test_arguments_that_nobody_knows(folder):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'weigth_format'"):
+        OVChatGLMForCausalLM.from_pretrained(folder, weigth_format="f32")
 
 
 def test_generation_config_of_the_folder_counts(folder):

@@ -191,6 +191,49 @@ def test_special_tokens_are_never_found_in_text(tokenizers, family):
         tokenizer.get_command("user")
 
 
+# As the later releases of ChatGLM3-6B have them.
+DECLARED = ("[gMASK]", "sop", "<|user|>", "<|assistant|>")
+
+
+@pytest.fixture
+def declaring(tmp_path, tokenizers):
+    """ChatGLM3's tokenizer of a folder whose tokenizer_config.json declares special tokens."""
+    folder, command = small_folder(tmp_path, "chatglm3"), tokenizers["chatglm3"].get_command
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {command(name): {"content": name, "special": False} for name in DECLARED}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder)
+
+
+def test_declared_special_tokens_are_found_in_the_text_of_a_template(declaring, tokenizers, tmp_path):
+    messages = [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "床前明月", strict=True)
+    ]
+    text = declaring.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    ids = declaring.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    declaring.save_pretrained(tmp_path / "saved")
+    for tokenizer in (declaring, load_tokenizer(tmp_path / "saved")):
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+    undeclared = tokenizers["chatglm3"]
+    assert undeclared.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False) == ids
+    assert undeclared.encode(text, add_special_tokens=False) == undeclared.encode_ordinary(text) != ids
+
+
+def test_a_special_token_that_is_part_of_a_word_stays_text(declaring):
+    for text in ("sop", "philosophy", "people [MASK] </s> <|system|>", "床 sop"):
+        assert declaring.encode(text, add_special_tokens=False) == declaring.encode_ordinary(text)
+    ids = declaring.encode("[gMASK]sop sop", add_special_tokens=False)
+    assert ids == [*declaring.get_prefix_tokens(), *declaring.encode_ordinary(" sop")]
+
+
+def test_no_declaration_renames_a_special_token(tmp_path, tokenizers):
+    folder, user = small_folder(tmp_path, "chatglm3"), tokenizers["chatglm3"].get_command("<|user|>")
+    added = {user: {"content": "床"}, 1: {"content": "前"}}
+    tokenizer = load_tokenizer(folder, added_tokens_decoder=added)
+    assert tokenizer.encode("床前", add_special_tokens=False) == tokenizer.encode_ordinary("床前")
+    assert tokenizer.decode([user]) == "<|user|>"
+
+
 def test_role_tokens_when_asked_for(folders, tokenizers):
     always = load_tokenizer(folders["chatglm3"], encode_special_tokens=True)
     text = "<|user|>你好<|assistant|>"
@@ -373,6 +416,56 @@ def test_generation_prompt_is_optional(tokenizers, family):
     assert ids[-1] == tokenizer.convert_tokens_to_ids("<|assistant|>")
 
 
+BEGUN = [
+    {"role": "user", "content": "床"},
+    {"role": "assistant", "content": "前"},
+    {"role": "user", "content": "明"},
+    {"role": "assistant", "content": "月光 "},
+]
+
+
+@families
+def test_an_answer_that_goes_on(tokenizers, family):
+    """Nothing stands behind it: not the generation prompt, and not what ends an answer."""
+    tokenizer = tokenizers[family]
+    ids = tokenizer.apply_chat_template(BEGUN, continue_final_message=True, return_dict=False)
+    asked = tokenizer.apply_chat_template(BEGUN[:-1], add_generation_prompt=True, return_dict=False)
+    assert ids[: len(asked)] == asked and len(ids) > len(asked)
+    assert tokenizer.decode(ids[len(asked) :]).strip() == "月光"
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+def test_the_text_of_an_answer_that_goes_on(tokenizers, family):
+    tokenizer = tokenizers[family]
+    text = tokenizer.apply_chat_template(BEGUN, continue_final_message=True, tokenize=False)
+    asked = tokenizer.apply_chat_template(BEGUN[:-1], add_generation_prompt=True, tokenize=False)
+    assert text.startswith(asked) and text[len(asked) :].lstrip() == "月光 "
+    both = tokenizer.apply_chat_template([BEGUN, BEGUN[:2]], continue_final_message=True, tokenize=False)
+    assert both[0] == text and both[1].endswith("前")
+
+
+def test_a_template_that_takes_whitespace_or_the_answer_away(tokenizers):
+    tokenizer = copy.copy(tokenizers["glm4"])
+    tokenizer.chat_template = "{% for item in messages %}{{ item['content'] | trim }}<eop>{% endfor %}"
+    assert tokenizer.apply_chat_template(BEGUN, continue_final_message=True, tokenize=False).endswith("明<eop>月光")
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(ChatGLMError, match=r"messages\[3\]: content is not in what the template writes"):
+        tokenizer.apply_chat_template(BEGUN, continue_final_message=True)
+
+
+@families
+def test_what_cannot_go_on(tokenizers, family):
+    tokenizer = tokenizers[family]
+    with pytest.raises(ChatGLMError, match="add_generation_prompt is True, expected False with continue_final_message"):
+        tokenizer.apply_chat_template(BEGUN, continue_final_message=True, add_generation_prompt=True)
+    if family == "chatglm":
+        with pytest.raises(ChatGLMError, match="continue_final_message is given for text, expected tokenize=True"):
+            tokenizer.apply_chat_template(BEGUN, continue_final_message=True, tokenize=False)
+    if family in ("chatglm", "chatglm2"):
+        with pytest.raises(ChatGLMError, match=r"messages\[2\]: role is 'user', expected 'assistant'"):
+            tokenizer.apply_chat_template(BEGUN[:-1], continue_final_message=True)
+
+
 def test_chatglm3_methods_of_the_original(tokenizers):
     tokenizer = tokenizers["chatglm3"]
     history = [{"role": "user", "content": "a"}, {"role": "assistant", "metadata": "", "content": "b"}]
@@ -392,7 +485,7 @@ def test_chatglm2_prompt_of_the_original(tokenizers):
 @families
 def test_arguments_that_a_fixed_format_cannot_take(tokenizers, family):
     message = [{"role": "user", "content": "q"}]
-    for name, value in {"chat_template": "x", "documents": [{}], "continue_final_message": True}.items():
+    for name, value in {"chat_template": "x", "documents": [{}]}.items():
         with pytest.raises(ChatGLMError, match=f"apply_chat_template: {name} is of type"):
             tokenizers[family].apply_chat_template(message, **{name: value})
     with pytest.raises(ChatGLMError, match="conversation is of type list, expected a list of messages, not empty"):

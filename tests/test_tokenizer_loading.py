@@ -145,7 +145,7 @@ def test_missing_files(tmp_path):
 def test_broken_tokenizer_config(tmp_path, content):
     folder = bare_folder(tmp_path)
     (folder / "tokenizer_config.json").write_bytes(content.encode("latin-1"))
-    assert "tokenizer_config.json: content is" in message_of(folder)
+    assert "tokenizer_config.json: contents is" in message_of(folder)
 
 
 def test_unknown_marker(tmp_path):

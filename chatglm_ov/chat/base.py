@@ -58,6 +58,15 @@ class ChatFormat(ABC):
         """The prompt as ids, with all special tokens that the model wants around it."""
 
     @abstractmethod
+    def continued_text(self, tokenizer: Any, messages: Sequence[Message], tools: Any = None) -> str:
+        """The conversation as text up to the end of its last message, which what follows goes on with. ChatGLMError
+        where the format cannot write that."""
+
+    @abstractmethod
+    def continued_ids(self, tokenizer: Any, messages: Sequence[Message], tools: Any = None) -> list[int]:
+        """The same as ids."""
+
+    @abstractmethod
     def build_inputs(
         self, tokenizer: Any, query: str, history: Sequence | None = None, role: str = "user"
     ) -> list[int]:
@@ -125,6 +134,8 @@ def checked_messages(messages: Any, where: str = "history") -> list[Message]:
         if message.get("role") not in ROLES:
             raise ChatGLMError(place, "role", repr(message.get("role")), ", ".join(ROLES[:-1]) + " or " + ROLES[-1])
         checked_text(message.get("content"), place, "content")
+        if message.get("image") is not None:
+            raise ChatGLMError(place, "image", "given", "none: images are not supported")
         for field in ("metadata", "thinking"):
             if message.get(field) is not None:
                 checked_text(message[field], place, field)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from chatglm_ov.chat.base import ChatDefaults
-from chatglm_ov.chat.rounds import Round, RoundsFormat
+from chatglm_ov.chat.base import ChatDefaults, Message
+from chatglm_ov.chat.rounds import Round, RoundsFormat, begun_answer
+from chatglm_ov.errors import ChatGLMError
 
 # The tokenizer folds full-width punctuation to ASCII; beside a Chinese character it is widened again.
 _WIDE = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
@@ -26,6 +28,14 @@ class ChatGLMFormat(RoundsFormat):
             f"[Round {index}]\n问：{question}\n答：{answer}\n" for index, (question, answer) in enumerate(history)
         ]
         return "".join(rounds) + f"[Round {len(history)}]\n问：{query}\n答："
+
+    def continued_text(self, tokenizer: Any, messages: Sequence[Message], tools: Any = None) -> str:
+        wanted = "tokenize=True: the answer stands behind [gMASK] <sop>, which cannot be written as text"
+        raise ChatGLMError(f"chat format {self.name}", "continue_final_message", "given for text", wanted)
+
+    def continued_ids(self, tokenizer: Any, messages: Sequence[Message], tools: Any = None) -> list[int]:
+        asked, answer = begun_answer(messages)
+        return self.conversation_ids(tokenizer, asked, tools) + tokenizer.encode_ordinary(answer)
 
     def split(self, text: str) -> tuple[str, str]:
         return "", self.clean(text)

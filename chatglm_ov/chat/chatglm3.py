@@ -38,6 +38,13 @@ class ChatGLM3Format(RolesFormat):
             ids += tokenizer.encode_ordinary(f"{metadata}\n") + tokenizer.encode_ordinary(content)
         return [*ids, tokenizer.convert_tokens_to_ids(ASSISTANT)] if add_generation_prompt else ids
 
+    def continued_text(self, tokenizer: Any, messages: Sequence[Message], tools: Any = None) -> str:
+        return self.conversation_text(tokenizer, messages, tools, add_generation_prompt=False)
+
+    def continued_ids(self, tokenizer: Any, messages: Sequence[Message], tools: Any = None) -> list[int]:
+        """No token ends a message, so each is left open."""
+        return self.conversation_ids(tokenizer, messages, tools, add_generation_prompt=False)
+
     def _turns(self, messages: Sequence[Message], tools: Any) -> list[tuple[str, str, str]]:
         """(role, metadata, content) of each message; the tools stand as JSON below the system text."""
         turns = []

@@ -60,8 +60,20 @@ class GLM4Format(RolesFormat):
         self, tokenizer: Any, messages: Sequence[Message], tools: Any = None, add_generation_prompt: bool = True
     ) -> list[int]:
         """The template writes all special tokens, those at the beginning too: the tokenizer adds none."""
-        text = self.conversation_text(tokenizer, messages, tools, add_generation_prompt)
-        return list(tokenizer.encode(whole_characters(text), add_special_tokens=False))
+        return _ids_of(tokenizer, self.conversation_text(tokenizer, messages, tools, add_generation_prompt))
+
+    def continued_text(self, tokenizer: Any, messages: Sequence[Message], tools: Any = None) -> str:
+        """Cut behind the last message's text, of which a template may leave out the whitespace around it."""
+        text = self.conversation_text(tokenizer, messages, tools, add_generation_prompt=False)
+        last = messages[-1]["content"].lstrip()
+        start = text.rfind(last.rstrip())
+        if start < 0 or not last:
+            seen = "not in what the template writes"
+            raise ChatGLMError(f"messages[{len(messages) - 1}]", "content", seen, "text to go on with")
+        return text[: start + len(last if text.startswith(last, start) else last.rstrip())]
+
+    def continued_ids(self, tokenizer: Any, messages: Sequence[Message], tools: Any = None) -> list[int]:
+        return _ids_of(tokenizer, self.continued_text(tokenizer, messages, tools))
 
     def metadata_and_content(self, part: str, names: set[str]) -> tuple[str, str]:
         """A prompt that ends the first line itself leaves no place for metadata: then only the name of a tool that is
@@ -74,6 +86,10 @@ class GLM4Format(RolesFormat):
             return json.loads(content)
         except RecursionError as error:
             raise ValueError(content) from error
+
+
+def _ids_of(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(whole_characters(text), add_special_tokens=False))
 
 
 def _as_functions(tools: Any) -> Any:

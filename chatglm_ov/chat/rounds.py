@@ -58,6 +58,21 @@ class RoundsFormat(ChatFormat):
     ) -> list[int]:
         return list(tokenizer.encode(self.conversation_text(tokenizer, messages, tools, add_generation_prompt)))
 
+    def continued_text(self, tokenizer: Any, messages: Sequence[Message], tools: Any = None) -> str:
+        asked, answer = begun_answer(messages)
+        return self.conversation_text(tokenizer, asked, tools) + answer
+
+    def continued_ids(self, tokenizer: Any, messages: Sequence[Message], tools: Any = None) -> list[int]:
+        return list(tokenizer.encode(self.continued_text(tokenizer, messages, tools)))
+
+
+def begun_answer(messages: Any) -> tuple[list[Message], str]:
+    """The messages before the last one, which is an answer, and its text."""
+    *asked, last = checked_messages(messages, "messages") or [{"role": None}]
+    if last["role"] != "assistant":
+        raise ChatGLMError(f"messages[{len(asked)}]", "role", repr(last["role"]), "'assistant', to go on with")
+    return asked, last["content"]
+
 
 def checked_rounds(history: Any) -> list[Round]:
     """The history as a new list of (query, answer) tuples; None is an empty one."""

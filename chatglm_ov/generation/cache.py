@@ -77,6 +77,11 @@ class Columns:
         self.ids, self.keep = self.ids[:, :columns], self.keep[:, :columns]
         self.position_ids = self.position_ids[..., :columns]
 
+    def begins_with(self, ids: np.ndarray) -> bool:
+        """Whether `ids` [B, L] and what is in the columns, padding aside, are the same as far as both go."""
+        length = min(self.ids.shape[1], ids.shape[1])
+        return not ((self.ids[:, :length] != ids[:, :length]) & self.keep[:, :length]).any()
+
     def in_common(self, ids: np.ndarray, position_ids: np.ndarray, prefix: np.ndarray | None) -> int:
         """How many of `ids` [L], with these positions [L] or [2, L], the only row begins with; 0 with padding, with
         several rows, and where a prefix, whose columns have seen each other, is another one."""
@@ -132,6 +137,10 @@ class Session:
         self.request.truncate(kept)
         columns.crop(kept)
         return self._begun(columns)
+
+    def latest(self) -> StateCache:
+        """A handle of the sequence that is in the cache; those of it that were given out before stay good."""
+        return StateCache(self, self._columns)
 
     def interrupted(self, columns: Columns) -> bool:
         """Whether the cache has lost what these columns describe: a call that does not come to its end empties it."""

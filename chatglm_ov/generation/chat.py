@@ -11,6 +11,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from chatglm_ov.chat import ChatFormat, chat_format_for
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.generation.cache import Session, StateCache
 from chatglm_ov.generation.stop_strings import StopStrings
 from chatglm_ov.generation.stream import stream_tokens
 from chatglm_ov.tokenizer import TextStream
@@ -26,10 +27,12 @@ class ChatMixin:
     `generate()`; those of the original chat (sampling with its top_p and temperature, max_length counting the
     prompt too) hold unless told otherwise. `max_new_tokens` counts the answer alone. `stop_strings`, a text or several,
     end an answer and are no part of it. What a prompt has in common with
-    the sequence that is in the model, such as the turns before it, is not computed again (`reuse_cache`).
+    the sequence that is in the model, such as the turns before it, is not computed again (`reuse_cache`): a
+    `past_key_values` that `stream_chat()` returned is taken, and makes no difference. `temperature` 0 is greedy.
     """
 
     config: Any
+    session: Session
     generation_config: Any
 
     def chat(
@@ -44,28 +47,39 @@ class ChatMixin:
         return chat.answer(tokenizer, output[0, len(ids) :].tolist(), query, history, role, stops, ends.cut)
 
     def stream_chat(
-        self, tokenizer: Any, query: str, history: Sequence | None = None, role: str = "user", **options: Any
-    ) -> Iterator[tuple[Any, list]]:
+        self,
+        tokenizer: Any,
+        query: str,
+        history: Sequence | None = None,
+        role: str = "user",
+        return_past_key_values: bool = False,
+        **options: Any,
+    ) -> Iterator[tuple[Any, ...]]:
         """Iterator over the growing answer: each item is what `chat()` would return if the answer ended there,
-        the last one what it does return. Characters come whole. A model that thinks first has the last message's
-        `thinking` growing while the answer is "". Closing the iterator ends the answer."""
+        the last one what it does return; with `return_past_key_values` the handle of the cache is its third part.
+        Characters come whole. A model that thinks first has the last message's `thinking` growing while the answer is
+        "". Closing the iterator ends the answer."""
         chat, ids = _prompt(tokenizer, query, history, role)
         stops, stream = self.stop_ids(chat, tokenizer, options), TextStream(tokenizer)
         settings = _settings(chat, tokenizer, len(ids), {**options, "eos_token_id": stops}, self.config)
         ends = StopStrings(options.get("stop_strings"), chat.split)
 
-        def answers() -> Iterator[tuple[Any, list]]:
+        def told_so_far(answer: str) -> tuple[Any, ...]:
+            item = chat.process_response(answer, query, history, role)
+            return (*item, self.session.latest()) if return_past_key_values else item
+
+        def answers() -> Iterator[tuple[Any, ...]]:
             text, told = "", None
             with closing(stream_tokens(self, torch.tensor([ids]), **settings)) as tokens:  # type: ignore[type-var]
                 for token in tokens:
                     text += "" if token in stops else stream.put(token)
                     certain = ends.certain(chat.certain(text))
                     if certain and certain != told:
-                        yield chat.process_response(certain, query, history, role)
+                        yield told_so_far(certain)
                         told = certain
             text = ends.cut(text + stream.flush())
             if text != told:
-                yield chat.process_response(text, query, history, role)
+                yield told_so_far(text)
 
         return answers()
 
@@ -92,35 +106,52 @@ def _prompt(tokenizer: Any, query: str, history: Sequence | None, role: str) -> 
 def _settings(chat: ChatFormat, tokenizer: Any, prompt: int, options: dict[str, Any], config: Any) -> dict[str, Any]:
     """Arguments of generate() for a prompt of that many tokens: the original's defaults under `options`, which may have
     a generation_config, and an end that the positions of the model allow."""
-    for name, wanted in _ONE_ANSWER.items():
-        if options.get(name) not in (None, wanted):
-            raise ChatGLMError("chat", name, options[name], f"{wanted}: generate() gives more than one answer")
-    if options.get("streamer") is not None:
-        raise ChatGLMError("chat", "streamer", type(options["streamer"]).__name__, "none: stream_chat() is a stream")
-    given = {name: value for name, value in options.items() if value is not None}
+    _check(options)
+    given = _greedy_at_zero({name: value for name, value in options.items() if value is not None})
+    given.pop("past_key_values", None)
     told = _of_config(given.get("generation_config"))
-    settings = {
-        **(chat.defaults.as_dict() if told is None else {"max_length": chat.defaults.max_length, **told}),
-        **_ONE_ANSWER,
-        "reuse_cache": True,
-        "eos_token_id": chat.stop_token_ids(tokenizer),
-        **given,
-    }
+    defaults = chat.defaults.as_dict() if told is None else {"max_length": chat.defaults.max_length, **told}
+    settings = {**defaults, **_ONE_ANSWER, "reuse_cache": True, **given}
     if told is None and not settings["do_sample"]:
         settings |= {name: given.get(name, 1.0) for name in ("top_p", "temperature")}
     ends = StopStrings(settings.pop("stop_strings", None), chat.split).criteria(tokenizer, prompt)
     if ends:
         settings["stopping_criteria"] = StoppingCriteriaList([*given.get("stopping_criteria", ()), *ends])
-    if settings.get("max_new_tokens") is not None:
-        if settings["max_new_tokens"] < 1:
-            raise ChatGLMError("chat", "max_new_tokens", settings["max_new_tokens"], "1 or more")
-        settings["max_length"] = prompt + settings["max_new_tokens"]
-    limit = getattr(config, "max_position_embeddings", None) or settings["max_length"]
-    settings |= {"max_length": min(settings["max_length"], limit), "max_new_tokens": None}
-    if prompt >= settings["max_length"]:
-        more = f" (max_length; the model takes {limit})" if settings["max_length"] < limit else ""
-        raise ChatGLMError("chat", "prompt", f"{prompt} tokens long", f"fewer than {settings['max_length']}{more}")
-    return settings
+    length = _length(prompt, settings["max_length"], settings.get("max_new_tokens"), config)
+    return {**settings, "max_length": length, "max_new_tokens": None}
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Raise ChatGLMError for what would not give one answer."""
+    for name, wanted in _ONE_ANSWER.items():
+        if options.get(name) not in (None, wanted):
+            raise ChatGLMError("chat", name, options[name], f"{wanted}: generate() gives more than one answer")
+    if options.get("streamer") is not None:
+        raise ChatGLMError("chat", "streamer", type(options["streamer"]).__name__, "none: stream_chat() is a stream")
+    if not isinstance(options.get("past_key_values"), (StateCache, type(None))):
+        seen = f"of type {type(options['past_key_values']).__name__}"
+        raise ChatGLMError("chat", "past_key_values", seen, "None or what stream_chat() returned")
+
+
+def _greedy_at_zero(given: dict[str, Any]) -> dict[str, Any]:
+    """The options where temperature 0 means greedy, as it does to users of other programs."""
+    if given.get("temperature") != 0:
+        return given
+    return {name: value for name, value in given.items() if name != "temperature"} | {"do_sample": False}
+
+
+def _length(prompt: int, max_length: int, max_new_tokens: int | None, config: Any) -> int:
+    """The most tokens that prompt and answer may have together."""
+    if max_new_tokens is not None:
+        if max_new_tokens < 1:
+            raise ChatGLMError("chat", "max_new_tokens", max_new_tokens, "1 or more")
+        max_length = prompt + max_new_tokens
+    limit = getattr(config, "max_position_embeddings", None) or max_length
+    length = min(max_length, limit)
+    if prompt >= length:
+        more = f" (max_length; the model takes {limit})" if length < limit else ""
+        raise ChatGLMError("chat", "prompt", f"{prompt} tokens long", f"fewer than {length}{more}")
+    return length
 
 
 def _of_config(config: GenerationConfig | None) -> dict[str, Any] | None:

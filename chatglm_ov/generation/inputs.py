@@ -5,8 +5,10 @@ Letters: B rows, L new columns, T = past + L columns in all, P 1 (one position) 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache as once
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ import torch
 
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation.cache import StateCache
+
+log = logging.getLogger(__name__)
 
 PIECE_TOKENS = 512
 """A longer prompt is computed in pieces: this many tokens are as fast as any number (the kernels take no more rows at
@@ -33,7 +37,7 @@ class Step:
 
 def prepare(
     compiled: Any,
-    input_ids: torch.Tensor,
+    input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     cache: StateCache | None = None,
@@ -45,8 +49,8 @@ def prepare(
     """
     ids = token_ids(input_ids)
     past = 0 if cache is None else cache.get_seq_length()
-    if cache is not None and cache.batch_size != len(ids):
-        raise ChatGLMError("input_ids", "rows", len(ids), f"{cache.batch_size}, the rows of past_key_values")
+    if cache is not None:
+        _check_rows(ids, cache)
     mask = None if attention_mask is None else _mask(attention_mask)
     blocked = None
     if mask is None:
@@ -88,6 +92,62 @@ def token_ids(input_ids: Any) -> np.ndarray:
     if ids.ndim != 2 or ids.size == 0:
         raise ChatGLMError("input_ids", "shape", list(ids.shape), "[rows, length], at least one token each")
     return ids.astype(np.int64)
+
+
+def refuse_tensors(where: str, inputs_embeds: Any, token_type_ids: Any) -> None:
+    """Raise ChatGLMError for what other models take beside or in place of ids."""
+    if inputs_embeds is not None:
+        raise ChatGLMError(where, "inputs_embeds", "given", "input_ids")
+    if token_type_ids is not None:
+        raise ChatGLMError(where, "token_type_ids", "given", "none: these models know no segments")
+
+
+def new_columns(ids: np.ndarray, mask: torch.Tensor | None, cache: StateCache) -> int:
+    """How many of the last columns of `ids` [B, L] are not in the cache: those that the mask [B, T] has beyond it;
+    without one all of an input that is shorter, and of a longer one, which is the whole sequence, the rest.
+
+    ChatGLMError for a whole sequence that does not begin with what is in the cache, and for one that is all in it: fed
+    once more it would be another text. A single id is always new.
+    """
+    _check_rows(ids, cache)
+    past, length = cache.get_seq_length(), ids.shape[1]
+    total = max(length, past) if mask is None else mask.shape[-1]
+    begins = cache.columns.begins_with(ids)
+    if total <= past:
+        if length > 1 and begins:
+            wanted = f"one more than in the cache: crop it to {length - 1}, or leave it to reuse_cache=True"
+            raise ChatGLMError("input_ids", "columns", f"{length}, all of them in past_key_values already", wanted)
+        return length
+    if length == total and not begins:
+        wanted = f"the {past} in past_key_values; new ids alone with an attention_mask of {past + length} columns"
+        raise ChatGLMError("input_ids", "first columns", "others", wanted)
+    return total - past
+
+
+def warn_of_padding(ids: np.ndarray, pad_token_id: int | None, eos_token_ids: list[int]) -> None:
+    """Log once what may be wrong with `ids` [B, L] that came without a mask; nothing is changed."""
+    if pad_token_id is None:
+        return
+    if pad_token_id in eos_token_ids and (ids[:, 0] == pad_token_id).any():
+        _warn_once(
+            f"Rows begin with {pad_token_id}, which is pad_token_id and an end id: without an attention_mask it is "
+            "taken for text, not for padding"
+        )
+    if len(ids) > 1 and (ids[:, -1] == pad_token_id).any():
+        _warn_once(
+            f"Rows end with pad_token_id {pad_token_id}, which is taken for text: pad on the left, and pass the "
+            "attention_mask"
+        )
+
+
+@once
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
+def _check_rows(ids: np.ndarray, cache: StateCache) -> None:
+    if cache.batch_size != len(ids):
+        raise ChatGLMError("input_ids", "rows", len(ids), f"{cache.batch_size}, the rows of past_key_values")
 
 
 def leading_padding(ids: np.ndarray, pad_token_id: int | None, eos_token_ids: list[int]) -> np.ndarray | None:

@@ -16,6 +16,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcess
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation import inputs
 from chatglm_ov.generation.cache import CACHE_NAME, CACHE_NAMES, Session, StateCache, one_cache
+from chatglm_ov.generation.inputs import refuse_tensors
 from chatglm_ov.generation.speculative import Choice, check_assistant, decode, guesser
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ class StatefulGenerationMixin(GenerationMixin):
 
         `inputs` (or `input_ids`) int64 [B, L], left-padded; `attention_mask` [B, L] with 1 = token, or the first
         generation's own [B, 1, L, L] with 1 = not seen; without one, leading pad ids are taken for padding.
-        `position_ids` as in `forward`. With `past_key_values`, `inputs` is the whole sequence or, if shorter
-        than the cache or than the mask, what is new.
+        `position_ids` as in `forward`. With `past_key_values`, `inputs` is the whole sequence, which begins with what
+        is in the cache, or, if shorter than the cache or than the mask, what is new. ChatGLMError where all of a
+        sequence is in the cache already.
 
         Beams and return sequences: the prompt is computed and stored once for all of them. `reuse_cache`: what the
         latest sequence in the model has in common with `inputs`, of one row, is not computed again. `prompt_progress`:
@@ -64,8 +66,7 @@ class StatefulGenerationMixin(GenerationMixin):
         `prompt_lookup_num_tokens` and `assistant_model`, a smaller converted model of the same vocabulary: tokens are
         guessed and checked several at a time (`chatglm_ov.generation.speculative`); the result is the same.
         """
-        if kwargs.get("inputs_embeds") is not None:
-            raise ChatGLMError("generate", "inputs_embeds", "given", "input_ids")
+        refuse_tensors("generate", kwargs.get("inputs_embeds"), kwargs.pop("token_type_ids", None))
         for name, (neutral, reason) in _REFUSED.items():
             value = kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
             if value not in (None, neutral):
@@ -101,10 +102,11 @@ class StatefulGenerationMixin(GenerationMixin):
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         new = ids.shape[1]
         if cache is not None:
-            total = mask.shape[-1] if mask is not None else max(new, cache.get_seq_length())
-            new = total - cache.get_seq_length() if total > cache.get_seq_length() else new
+            new = inputs.new_columns(ids, mask, cache)
         elif mask is None:
-            keep = inputs.leading_padding(ids, *self._special_ids(config, kwargs))
+            special = self._special_ids(config, kwargs)
+            inputs.warn_of_padding(ids, *special)
+            keep = inputs.leading_padding(ids, *special)
             mask = None if keep is None else torch.from_numpy(keep)
         if not 0 < new <= ids.shape[1]:
             raise ChatGLMError("input_ids", "length", ids.shape[1], f"at least {new}, the columns not in the cache")

@@ -7,7 +7,8 @@ input_ids, attention_mask and position_ids. Encoding and decoding are done by se
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,7 @@ class GLMTokenizer(PreTrainedTokenizer):
         tools: list[dict] | None = None,
         *,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         tokenize: bool = True,
         return_dict: bool = _RETURN_DICT,
         tokenizer_kwargs: dict[str, Any] | None = None,
@@ -198,18 +200,29 @@ class GLMTokenizer(PreTrainedTokenizer):
 
         `options`: padding, truncation, max_length, return_tensors as in the tokenizer call. `return_dict` is by default
         what it is in the installed transformers (4: False, a list or tensor of ids; 5: True). The arguments that need a
-        free template (documents, chat_template, continue_final_message) are refused.
+        free template (documents, chat_template) are refused. `continue_final_message`: the last message, an answer, is
+        left open for the model to go on with.
         """
-        for name in ("documents", "chat_template", "continue_final_message"):
+        for name in ("documents", "chat_template"):
             if options.get(name):
                 seen = _kind(options[name])
                 raise ChatGLMError("apply_chat_template", name, seen, "not given: the chat format is fixed")
         batched, conversations = _conversations(conversation)
+        if continue_final_message and add_generation_prompt:
+            wanted = "False with continue_final_message: either an answer begins or one goes on"
+            raise ChatGLMError("apply_chat_template", "add_generation_prompt", True, wanted)
         chat = chat_format_for(self)
+        text: Callable[..., str]
+        ids: Callable[..., list[int]]
+        if continue_final_message:
+            text, ids = chat.continued_text, chat.continued_ids
+        else:
+            text = partial(chat.conversation_text, add_generation_prompt=add_generation_prompt)
+            ids = partial(chat.conversation_ids, add_generation_prompt=add_generation_prompt)
         if not tokenize:
-            texts = [chat.conversation_text(self, each, tools, add_generation_prompt) for each in conversations]
+            texts = [text(self, each, tools) for each in conversations]
             return texts if batched else texts[0]
-        rows = [chat.conversation_ids(self, each, tools, add_generation_prompt) for each in conversations]
+        rows = [ids(self, each, tools) for each in conversations]
         encoded = self._encode_rows(rows, batched, **options | (tokenizer_kwargs or {}))
         return encoded if return_dict else encoded["input_ids"]
 

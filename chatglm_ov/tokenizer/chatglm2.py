@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from transformers import BatchEncoding
+from transformers import AddedToken, BatchEncoding
 
 from chatglm_ov.chat import chat_format_for
 from chatglm_ov.errors import ChatGLMError
@@ -17,13 +17,16 @@ from chatglm_ov.tokenizer.stream import Decoder
 
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 _SPECIAL = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+_WORDS = ("sop", "eop")
+_BEHIND_GMASK = r"(?<=\[gMASK\])"
 
 
 class ChatGLM2Tokenizer(PieceTokenizer):
     """[gMASK] + sop + ids (a pair: ... + ids of the second + `</s>`).
 
-    The special tokens stand behind the sentencepiece vocabulary. None of them is recognised in a text, and none has
-    text when decoded.
+    The special tokens stand behind the sentencepiece vocabulary. Only those that `added_tokens_decoder` of
+    tokenizer_config.json declares are recognised in a text, as later releases do for their chat template's text: of
+    `sop` and `eop`, which are letters of words, those directly behind [gMASK]. None has text when decoded.
     """
 
     family = "chatglm2"
@@ -35,12 +38,21 @@ class ChatGLM2Tokenizer(PieceTokenizer):
         self._read_model(vocab_file)
         self._vocab = {token: index for index, token in enumerate([*self._pieces, *self.SPECIAL_TOKENS])}
         kwargs |= {"unk_token": "<unk>", "pad_token": "<unk>", "eos_token": "</s>"}
-        kwargs["added_tokens_decoder"] = added_tokens(kwargs.get("added_tokens_decoder"), self.vocab_size)
+        kwargs["added_tokens_decoder"] = self._declared(kwargs.get("added_tokens_decoder"))
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         self._finish_init(self._saved_arguments(), kwargs)
 
     def _saved_arguments(self) -> dict[str, Any]:
         return {}
+
+    def _declared(self, config: Any) -> dict[int, AddedToken]:
+        """The tokens of an `added_tokens_decoder` behind the pieces, less those that give a special token's id to
+        another text."""
+        return {
+            index: token
+            for index, token in added_tokens(config, len(self._pieces)).items()
+            if index >= self.vocab_size or self._vocab.get(token.content) == index
+        }
 
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         """The library would look for every token that is added here in the text; the vocabulary's own are not."""
@@ -56,11 +68,19 @@ class ChatGLM2Tokenizer(PieceTokenizer):
     # ---- encoding
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:  # type: ignore[override]
-        """Pieces of `text`. Tokens that the user added are looked for, the vocabulary's own special tokens are not."""
-        tokens: list[str] = []
-        for part in self.tokens_trie.split(text) if self._added_tokens_encoder else [text]:
-            tokens += [part] if part in self._added_tokens_encoder else self._encode_pieces(part)
+        """Pieces of `text`. Tokens that were added or declared are looked for, other special tokens are not."""
+        if not self._added_tokens_encoder:
+            return self._encode_pieces(text)
+        between, *rest = re.split(self._added_pattern(), text)
+        tokens = self._encode_pieces(between)
+        for added, between in zip(rest[::2], rest[1::2], strict=True):
+            tokens += [added, *self._encode_pieces(between)]
         return tokens
+
+    def _added_pattern(self) -> str:
+        """Of several tokens that begin at one place it finds the longest."""
+        names = sorted(self._added_tokens_encoder, key=len, reverse=True)
+        return "(" + "|".join(_BEHIND_GMASK * (name in _WORDS) + re.escape(name) for name in names) + ")"
 
     def encode_ordinary(self, text: str) -> list[int]:
         return [self._vocab[piece] for piece in self._encode_pieces(text)]
