@@ -6,7 +6,8 @@ import copy
 import json
 import pickle
 import shutil
-import time
+import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -497,17 +498,18 @@ def test_arguments_that_a_fixed_format_cannot_take(tokenizers, family):
 
 @families
 @pytest.mark.parametrize("unit", ["床前明月光，疑是地上霜。", "月", " ", "a b\n\t", "<eop>", "🌙", "[["])
-def test_time_grows_with_the_length_and_not_with_its_square(tokenizers, family, unit):
-    """64k characters: sixteen times the text may take 64 times as long, not 256 times (three tries), by the time that
-    this thread computes, whatever else the machine does."""
+def test_work_grows_with_the_length_and_not_with_its_square(tokenizers, family, unit):
+    """Sixteen times the text takes sixteen times the calls, of Python's functions and of libraries', there and back."""
 
-    def seconds(length: int) -> float:
-        text = (unit * length)[:length]
-        start = time.thread_time()
-        ids = tokenizers[family](text)["input_ids"]
-        tokenizers[family].decode(ids, skip_special_tokens=True)
-        return time.thread_time() - start
+    def calls(length: int) -> int:
+        text, events = (unit * length)[:length], Counter()
+        sys.setprofile(lambda frame, event, argument: events.update([event]))
+        try:
+            ids = tokenizers[family](text)["input_ids"]
+            tokenizers[family].decode(ids, skip_special_tokens=True)
+        finally:
+            sys.setprofile(None)
+        return events["call"] + events["c_call"]
 
-    seconds(4_000)
-    short = min(seconds(4_000) for _ in range(3))
-    assert any(seconds(64_000) < 64 * max(short, 0.003) for _ in range(3))
+    calls(1_000)
+    assert calls(16_000) < 20 * calls(1_000)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SUMMARY = "convert a checkpoint folder for OpenVINO"
 DEFAULT_FORMATS = ("bf16", "int8")
 
+log = logging.getLogger(__name__)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder as the model's authors publish it")
@@ -85,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from chatglm_ov.conversion import check_apart
+    from chatglm_ov.conversion_checks import check_apart
 
     calibration, formats = _calibration(arguments), arguments.weight_format
     if formats is None:
@@ -170,11 +172,15 @@ def convert_with_report(
     from chatglm_ov.conversion import convert
     from chatglm_ov.runtime import weight_formats as formats_in
     from chatglm_ov.sizes import size
+    from chatglm_ov.tokenizer.files import FAST_FILE, MODEL_FILE, V1_FILE
 
     called = called or str(output)
+    tokenizers = (V1_FILE, MODEL_FILE, FAST_FILE)
     with shown_log():
         convert(checkpoint, output, weight_formats, **options)
-    output = output.resolve()
+        output = output.resolve()
+        if not any((output / name).is_file() for name in tokenizers):
+            log.warning("no tokenizer in %s (%s): generate, chat and eval need one", checkpoint, ", ".join(tokenizers))
     rows = [(name, size(folder_bytes(output / name))) for name in formats_in(output)]
     others = sum(file.stat().st_size for file in output.iterdir() if file.is_file())
     print(f"written to {called}")
