@@ -308,8 +308,9 @@ def read_config_json(folder: Path | str) -> dict[str, Any]:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The contents of a file with one JSON object. Raises ChatGLMError for a file with anything else."""
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        # Editors on Windows begin a file with a mark of its encoding.
+        contents = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ChatGLMError(path, "contents", f"not JSON ({error})", "a JSON object") from None
     if not isinstance(contents, dict):
         raise ChatGLMError(path, "contents", f"a JSON {type(contents).__name__}", "a JSON object")

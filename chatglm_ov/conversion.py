@@ -109,13 +109,14 @@ def convert(
         fields["pre_seq_len"] = None if prefix is None else prefix.length
         _check_calibration(weights, weight_formats, calibration)
         more_bytes = 0 if prefix is None else prefix.nbytes
-        plan = make_plan(config, weights, weight_formats, ops, choices, calibration, more_bytes)
+        sequences = _sequences(source, config, calibration)
+        tokens = sum(map(len, sequences))
+        plan = make_plan(config, weights, weight_formats, ops, choices, calibration, more_bytes, tokens)
         log.info("%s", plan)
         remove_leftovers(target)
         check_disk(target, plan.disk_bytes + _OTHER_BYTES, ", ".join(plan.weight_formats))
         if plan.memory_bytes > (free := available()):
             log.warning("%s of memory are free: the system may end the conversion", size(free))
-        sequences = _sequences(source, config, calibration)
         with ExitStack() as stack:
             partial = stack.enter_context(finished_or_nothing(target.resolve(), overwrite, is_converted(target)))
             _write_side_files(source, partial, fields, config, ops)

@@ -51,10 +51,11 @@ def make_plan(
     choices: FormatChoices = DEFAULT_CHOICES,
     calibration: Calibration | None = None,
     more_bytes: int = 0,
+    calibration_tokens: int = 0,
 ) -> Plan:
-    """weights: as `model_weights` gives them. ops: fused or stock. more_bytes: of other files that are written. Memory
-    is the interpreter with its libraries and a few blocks of rows, or what a calibration needs. Raises ChatGLMError for
-    choices that this model has no use for."""
+    """weights: as `model_weights` gives them. ops: fused or stock. more_bytes: of other files that are written.
+    calibration_tokens: those of the calibration's text. Memory is the interpreter with its libraries and a few blocks
+    of rows, or what a calibration needs. Raises ChatGLMError for choices that this model has no use for."""
     shapes = graph_shapes(config)
     _check_choices(config, choices)
     formats = tuple(dict.fromkeys(weight_formats))
@@ -67,7 +68,7 @@ def make_plan(
 
         chosen = calibrated_weights(config, choices, formats, calibration.methods)
         disk += disk_bytes(config, chosen)
-        memory = max(memory, memory_bytes(config, chosen, calibration.tokens))
+        memory = max(memory, memory_bytes(config, chosen, calibration_tokens))
     return Plan(config, formats, read, disk, LIBRARIES_BYTES + memory)
 
 

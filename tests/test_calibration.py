@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -411,6 +413,16 @@ def test_weights_that_are_no_numbers(tmp_path: Path):
     with pytest.raises(ChatGLMError, match=r"input of .*query_key_value.weight is infinite or not a number"):
         convert(broken, tmp_path / "out", ("int4",), calibration=Calibration(tokens=512), progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_plan_is_of_the_text_that_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    text = _tiny(tmp_path)
+    with caplog.at_level(logging.INFO, logger="chatglm_ov"):
+        for name, tokens in (("all", 10**12), ("some", 128)):
+            calibration = replace(text, tokens=tokens, methods=("awq",))
+            convert(DEMO, tmp_path / name, ("int4",), calibration=calibration, progress=False)
+    planned = [float(found[1]) for found in re.finditer(r"needs about ([\d.]+) MB of memory", caplog.text)]
+    assert len(planned) == 2 and planned[1] <= planned[0] < planned[1] + 50
 
 
 def test_bad_arguments(tmp_path: Path, run: Run):

@@ -137,6 +137,33 @@ def test_a_calibration_makes_int4(checkpoint: Path, tmp_path: Path, run: Run) ->
     assert run(*given, "--weight-format", "int8").error == "--awq: weight formats is int8, expected int4 among them"
 
 
+@pytest.mark.parametrize(
+    ("options", "method", "left"),
+    [
+        (["--awq"], "awq", "int4"),
+        (["--awq", "--gptq", "--lm-head-format", "bf16"], "awq+gptq", "int4 or int8"),
+    ],
+)
+def test_a_calibration_that_chooses_nothing(
+    checkpoint: Path, tmp_path: Path, run: Run, options: list[str], method: str, left: str
+) -> None:
+    layers = tmp_path / "layers.json"
+    layers.write_text(json.dumps({"*": "int8" if left == "int4" else "bf16"}))
+    told = run("convert", checkpoint, tmp_path / "out", *options, "--layer-formats", layers).error
+    wanted = f"layer_formats and lm_head_format that leave a weight in {left}"
+    assert told == f"convert: calibration is {method}, expected {wanted}"
+    assert names(tmp_path) == ["layers.json"]
+
+
+def test_a_checkpoint_without_tokenizer_is_told_once(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+    source = copy_of(checkpoint, tmp_path / "source")
+    told = f"no tokenizer in {source} (ice_text.model, tokenizer.model, tokenizer.json): generate, chat and eval need"
+    assert "no tokenizer" not in run("convert", source, tmp_path / "out").out
+    (source / "tokenizer.model").unlink()
+    done = run("convert", source, tmp_path / "bare")
+    assert done.code == 0 and done.out.count(told) == done.out.count("no tokenizer") == 1
+
+
 def test_groups_are_those_of_int4(checkpoint: Path, tmp_path: Path, run: Run) -> None:
     given = ("convert", checkpoint, tmp_path / "out", "--group-size", 32)
     assert run(*given).error == "--group-size: weight formats is bf16, int8, expected int4 among them"

@@ -55,10 +55,15 @@ def test_settings_of_the_model_are_told(converted: Path, poems: Path, run: Run) 
     assert "int8, 8-bit activations, int8 cache" in done.out and "1 documents" in done.out
 
 
-def test_weights_without_integers_have_no_bits_of_activations(converted: Path, poems: Path, run: Run) -> None:
-    done = run("eval", converted, "--data", poems, "--weight-format", "bf16", "--limit", 1, "--activation-bits", 8)
+def test_weights_without_integers_have_no_bits_of_activations(
+    converted: Path, poems: Path, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = ("eval", converted, "--data", poems, "--limit", 1, "--activation-bits", 8, "--weight-format", "bf16")
+    done = run(*asked)
     assert done.code == 0, done.err
     assert "bf16" in done.out and "8-bit activations" not in done.out
+    assert caplog.messages == ["--activation-bits 8 changes nothing for weights in bf16"]
+    assert run(*asked, "int8").code == 0 and len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize(
@@ -82,6 +87,15 @@ def test_folders_and_files_that_are_not_there(converted: Path, poems: Path, tmp_
     assert "file is missing" in run("eval", converted, "--data", tmp_path / "none.txt").error
     assert str(tmp_path) in run("eval", tmp_path, "--data", poems).error
     assert str(tmp_path) in run("eval", converted, "--data", poems, "--reference", tmp_path).error
+
+
+def test_what_is_read_is_not_written_over(converted: Path, poems: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for file in (poems, tmp_path / "link" / poems.name, converted / "config.json", converted / "tokenizer.model"):
+        before = file.read_bytes()
+        told = run("eval", converted, "--data", poems, "--reference", converted, "--json", file).error
+        assert told == f"--json: file is {file}, which the command needs itself, expected another file"
+        assert file.read_bytes() == before
 
 
 def test_figures_are_written_though_nobody_reads_the_table(

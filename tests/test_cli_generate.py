@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -13,14 +14,20 @@ from typing import Any
 
 import pytest
 from command_line import DATA, PROGRAM, Run, checkpoint, converted, finish, make_checkpoint, run, spawn  # noqa: F401
+from page_checkpoints import write_page_checkpoint
+from safetensors.torch import load_file, save_file
 from transformers import set_seed
 
 from chatglm_ov import OVChatGLMForCausalLM, convert, load_tokenizer
+from chatglm_ov.cli import answer
 from chatglm_ov.cli.answer import as_text, complete
 from chatglm_ov.presets import config_json
+from chatglm_ov.runtime import load_model
 
 EXACT = ("--weight-format", "f32", "--inference-precision", "f32")
-STATS = re.compile(r"^\[(\d+) tokens, first token [\d.]+ ms(, next tokens [\d.]+ ms each)?, [\d.]+ tokens/s\]$")
+STATS = re.compile(
+    r"^\[(\d+) tokens, first token [\d.]+ ms(, next tokens [\d.]+ ms each)?, [\d.]+ tokens/s\]$", re.MULTILINE
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +48,7 @@ def test_answers_as_the_original(converted: Path, run: Run, chats: list, options
     assert done.code == 0
     assert done.out == chats[0]["decode_generated"] + "\n"
     assert STATS.match(done.err)[1] == "24"
+    assert done.err.splitlines()[1:] == ["[cut after 24 tokens: --max-new-tokens allows more]"]
 
 
 def test_raw_prompts_one_by_one(converted: Path, run: Run, model: OVChatGLMForCausalLM) -> None:
@@ -86,6 +94,87 @@ def test_a_seed_makes_sampling_repeatable(converted: Path, run: Run, model: OVCh
 def test_top_k_of_one_is_greedy(converted: Path, run: Run) -> None:
     asked = ("generate", converted, "--prompt", "你好", "--max-new-tokens", 12, *EXACT)
     assert run(*asked, "--do-sample", "--top-k", 1).out == run(*asked).out
+
+
+def test_a_temperature_of_zero_is_greedy(converted: Path, run: Run) -> None:
+    asked = ("generate", converted, "--prompt", "你好", "--max-new-tokens", 12, *EXACT)
+    greedy = run(*asked).out
+    for options in ([], ["--do-sample"], ["--do-sample", "--top-p", 0.5, "--seed", 3]):
+        done = run(*asked, "--temperature", 0, *options)
+        assert (done.code, done.out) == (0, greedy)
+
+
+def test_a_system_text_begins_the_conversation(converted: Path, run: Run, model: OVChatGLMForCausalLM) -> None:
+    asked = ("generate", converted, "--prompt", "你好", "再见", "--max-new-tokens", 12, *EXACT)
+    expected = ""
+    for query in ("你好", "再见"):
+        history = [{"role": "system", "content": "You are a poet."}]
+        options = {"do_sample": False, "max_new_tokens": 12}
+        response, history = model.chat(load_tokenizer(converted), query, history=history, **options)
+        expected += as_text(response, history) + "\n"
+    assert run(*asked, "--system", "You are a poet.").out == expected != run(*asked).out
+
+
+def test_prompts_from_files_and_the_standard_input(
+    converted: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line that ends a file is no part of its prompt, nor is a mark of its encoding; all else is."""
+    asked = ("generate", converted, "--max-new-tokens", 8, "--raw", *EXACT)
+    texts = ["床前明月光\n疑是", "Write a function.", "\n你好\n"]
+    expected = run(*asked, "--prompt", *texts).out
+    for name, text in zip(("a", "b"), ("\ufeff" + texts[1], texts[2] + "\n"), strict=True):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO(texts[0] + "\n"))
+    files = [tmp_path / name for name in ("a", "b")]
+    assert run(*asked, "--prompt-file", *files, "--prompt", "-").out == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert run(*asked, "--prompt", "-").error == "standard input: text is empty, expected at least one character"
+    (tmp_path / "a").write_bytes(b"\xff")
+    assert run(*asked, "--prompt-file", files[0]).error.startswith(f"{files[0]}: encoding is not UTF-8")
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_threads(command: str, converted: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model, and of one that guesses for it."""
+    opened = []
+    open_model = answer.open_model
+
+    def opening(*arguments: Any, **options: Any) -> tuple[Any, Any]:
+        opened.append(open_model(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(answer, "open_model", opening)
+    monkeypatch.setattr("builtins.input", lambda prompt="": (_ for _ in ()).throw(EOFError))
+    prompt = ("--prompt", "你好", "--max-new-tokens", 4) if command == "generate" else ()
+    assert run(command, converted, *prompt, "--threads", 1, "--assistant", converted).code == 0
+    assert [each.compiled.compiled.get_property("INFERENCE_NUM_THREADS") for each, _ in opened] == [1, 1]
+
+
+def test_weights_without_integers_leave_nothing_for_bits_of_activations(
+    converted: Path, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    if load_model(converted, "bf16").ops == "stock":
+        pytest.skip("activation bits are those of fused operations")
+    asked = ("generate", converted, "--prompt", "你好", "--max-new-tokens", 4, "--activation-bits", 8)
+    for weight_format, told in (("bf16", ["--activation-bits 8 changes nothing for weights in bf16"]), ("int8", [])):
+        caplog.clear()
+        assert run(*asked, "--weight-format", weight_format).code == 0
+        assert caplog.messages == told
+
+
+def test_a_model_that_thinks_has_room_for_it(tmp_path: Path, run: Run) -> None:
+    """More than 512 tokens, and no more than there are positions: one whose end never is the likeliest token."""
+    write_page_checkpoint("glm-z1-9b-0414", tmp_path / "z1")
+    config = tmp_path / "z1" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 700}))
+    (file,) = (tmp_path / "z1").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["lm_head.weight"][400:] = 0
+    save_file(tensors, file)
+    convert(tmp_path / "z1", tmp_path / "z1-ov", ["bf16"], progress=False)
+    done = run("generate", tmp_path / "z1-ov", "--prompt", "你好")
+    assert int(STATS.match(done.err)[1]) > 512
+    assert done.err.splitlines()[1:] == ["[cut: the model has 700 positions]"]
 
 
 def test_default_length_ends_with_the_positions(tmp_path: Path, run: Run) -> None:
@@ -142,11 +231,14 @@ def test_ids_out_of_the_vocabulary(tmp_path: Path, run: Run) -> None:
         (["--prompt", ""], "--prompt: text is empty, expected at least one character"),
         (["--prompt", "你好", " \n"], "--prompt: text is empty"),
         (["--prompt", "\udcff"], "--prompt: text is not in the terminal's encoding"),
-        ([], "the following arguments are required: --prompt"),
+        ([], "generate: prompt is missing, expected --prompt TEXT or --prompt-file FILE"),
+        (["--prompt-file", "none.txt"], "none.txt: No such file or directory"),
+        (["--prompt", "你好", "--raw", "--system", "x"], "--system: value is given, expected none with --raw"),
+        (["--prompt", "你好", "--threads", "0"], "argument --threads: invalid int from 1 value"),
         (["--prompt", "你好", "--weight-format", "int4"], "weight_format is 'int4', expected one of"),
         (["--prompt", "你好", "--inference-precision", "f8"], "invalid choice: 'f8'"),
         (["--prompt", "你好", "--temperature", "0.5"], "--temperature: value is 0.5, expected --do-sample with it"),
-        (["--prompt", "你好", "--do-sample", "--temperature", "0"], "argument --temperature: invalid"),
+        (["--prompt", "你好", "--do-sample", "--temperature", "-1"], "argument --temperature: invalid"),
         (["--prompt", "你好", "--do-sample", "--top-p", "1.5"], "argument --top-p: invalid"),
         (["--prompt", "你好", "--do-sample", "--num-beams", "2"], "--num-beams: value is 2, expected 1"),
         (["--prompt", "你好", "--max-new-tokens", "0"], "argument --max-new-tokens: invalid"),
@@ -191,8 +283,8 @@ def test_text_is_shown_as_it_comes(converted: Path) -> None:
     """Every piece of text is shown as soon as its last token is there."""
     model, tokenizer = OVChatGLMForCausalLM.from_pretrained(converted, "f32", "f32"), load_tokenizer(converted)
     shown: list[str] = []
-    answer = complete(model, tokenizer, "你好", shown.append, do_sample=False, max_new_tokens=24)
-    assert shown[-1] == answer.text
+    done = complete(model, tokenizer, "你好", shown.append, do_sample=False, max_new_tokens=24)
+    assert shown[-1] == done.text
     assert len(set(shown)) > 12
     assert all(later.startswith(earlier) for earlier, later in pairwise(shown))
-    assert answer.timing.tokens == 24
+    assert done.timing.tokens == 24

@@ -96,6 +96,12 @@ def test_help_and_version(run: Run) -> None:
         assert run(command, "--help").out.startswith(f"usage: chatglm-ov {command}")
 
 
+def test_the_package_is_the_command_too() -> None:
+    done = finish(spawn(sys.executable, "-m", "chatglm_ov", "--version"))
+    assert done == Outcome(0, f"chatglm-ov {__version__}\n", "")
+    assert finish(spawn(sys.executable, "-m", "chatglm_ov", "info", "none")).code == 2
+
+
 def test_help_does_not_load_the_libraries() -> None:
     code = (
         "import sys; from chatglm_ov.cli.main import main; main(['--help']); "

@@ -102,7 +102,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "truncated file": (truncate_weights, r"model\.safetensors: contents is damaged"),
     "no weights": (lambda f, w: (w.clear(), (f / "model.safetensors").unlink()), "weights is missing"),
     "another config": (lambda f, w: (f / "config.json").write_text('{"model_type": "qwen2"}'), "model_type is 'qwen2'"),
-    "broken tokenizer": (add_broken_tokenizer, r"tokenizer_config\.json: content is not JSON"),
+    "broken tokenizer": (add_broken_tokenizer, r"tokenizer_config\.json: contents is not JSON"),
 }
 
 

@@ -140,10 +140,29 @@ def test_chinese_page_has_the_same_structure(page: Path) -> None:
     assert [text for _, text in blocks(chinese)] == [text for _, text in blocks(page)]
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link may have behind its #: headings as GitHub writes them, in small letters, without punctuation and with
+    hyphens for spaces."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-        assert "://" in target or (page.parent / target).exists(), target
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_anchors_are_those_of_headings(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# `rope_ratio`, NaN\n\n```bash\n# no heading\n```\n\n## 线程与 NUMA：两个\n", encoding="utf-8")
+    assert anchors(page) == {"rope_ratio-nan", "线程与-numa两个"}
 
 
 @pytest.mark.parametrize("suffix", [".md", ".zh.md"])
@@ -159,8 +178,8 @@ def test_model_pages_are_alike_and_found(suffix: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_files_that_are_named_are_there(page: Path) -> None:
-    """Those of the package and of the tests, which the tables of models name as proofs."""
-    for name in re.findall(r"`((?:chatglm_ov/|tests/)[\w/.]+)`", page.read_text(encoding="utf-8")):
+    """Those of the package, its kernels and tools, and of the tests, which the tables of models name as proofs."""
+    for name in re.findall(r"`((?:chatglm_ov|tests|csrc|tools)/[\w/.-]*)`", page.read_text(encoding="utf-8")):
         assert (ROOT / name).exists(), name
 
 

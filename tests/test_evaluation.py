@@ -92,7 +92,7 @@ def test_a_tokenizer_that_begins_texts_with_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "contents", "told"),
     [
-        ("a.csv", b"a", r"name is 'a.csv', expected one that ends with .txt"),
+        ("a.csv", b"a", r"name is 'a.csv', expected one that ends with .txt, .jsonl, .txt.xz, .jsonl.xz$"),
         ("a.txt", b"", r"text is empty"),
         ("a.jsonl", b"\n\n", r"file is empty"),
         ("a.txt", b"\xff\xfe\x00", r"encoding is not UTF-8"),
@@ -100,6 +100,11 @@ def test_a_tokenizer_that_begins_texts_with_nothing(tmp_path: Path) -> None:
         ("a.jsonl", b"[1]\n", r"line 1: JSON is of type list"),
         ("a.jsonl", b'{"text": 5}\n', r"line 1: text is of type int, expected text"),
         ("a.jsonl", b'{"text": ""}\n', r"line 1: text is empty"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, r"a.jsonl line 2: JSON is unreadable \(maximum recursion"),
+        ("a.jsonl", b'{"text": ["a", "b", 5]}\n', r"line 1: text\[2\] is of type int, expected text$"),
+        ("a.txt", b"a\nb\0", r"a.txt: text is with '\\x00' in line 2 of it, expected text"),
+        ("a.jsonl", b'\n{"text": "a\\u0000"}\n', r"a.jsonl line 2: text is with '\\x00' in line 1 of it"),
+        ("a.jsonl", b'{"text": ["a", "\\ud83d"]}\n', r"line 1: text\[1\] is with '\\ud83d' in line 1 of it"),
         ("a.txt.xz", b"no xz", r"file is unreadable"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 99)[:-20], r"file is unreadable"),
     ],
@@ -115,6 +120,17 @@ def test_a_file_that_is_not_there_and_a_prompt_without_fields(tmp_path: Path) ->
         Source(tmp_path / "a.txt").check()
     with pytest.raises(ChatGLMError, match=r"prompt: data is a.txt, expected a .jsonl"):
         Source(written(tmp_path / "a.txt", "a"), prompt="x").check()
+
+
+def test_what_is_asked_is_text_and_a_field_has_a_name(tokenizer, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", '{"text": "a", "title": "\\ud83d\\ude00", "author": "\\ude00"}\n')
+    assert Source(path, prompt="{title}").documents(tokenizer)
+    with pytest.raises(ChatGLMError, match=r"a.jsonl line 1: author is with '\\ude00' in line 1"):
+        Source(path, prompt="{author}").documents(tokenizer)
+    with pytest.raises(ChatGLMError, match=r"prompt: text is with '\\udcff' in line 1"):
+        Source(path, prompt="\udcff").check()
+    with pytest.raises(ChatGLMError, match=r"a.jsonl: field is empty, expected the name of a text"):
+        Source(path, "").check()
 
 
 # Windows

@@ -16,6 +16,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from chatglm_ov.chat import chat_format_for
+from chatglm_ov.chat.roles import RolesFormat
+from chatglm_ov.cli.options import warn_of_idle_activation_bits
+from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation.chat import as_list
 from chatglm_ov.generation.stop_strings import StopStrings
 from chatglm_ov.generation.timing import Stopwatch, Timing
@@ -24,6 +27,8 @@ from chatglm_ov.native import native, unavailable
 from chatglm_ov.tokenizer import TextStream, load_tokenizer
 
 DEFAULT_NEW_TOKENS = 512
+_USUAL_LENGTH = 8192
+"""Of the originals' chat, prompt and answer together."""
 
 Show = Callable[[str], None]
 """Called with all of an answer's text so far, again and again."""
@@ -44,6 +49,7 @@ def open_model(folder: Path, weight_format: str | None, **options: Any) -> tuple
     `from_pretrained()`."""
     logging.set_verbosity_error()
     model = OVChatGLMForCausalLM.from_pretrained(folder, weight_format, **options)
+    warn_of_idle_activation_bits([options.get("activation_bits", 16)], [model.compiled.weight_format])
     model.compiled.warm_up()
     return model, load_tokenizer(folder)
 
@@ -60,9 +66,27 @@ def running(model: Any) -> str:
     return f"{compiled.weight_format}, {compiled.kv_cache_format} cache, {threads} threads, {operations}"
 
 
-def assistant_options(folder: Path | None) -> dict[str, Any]:
-    """Arguments of `generate()` for the assistant in a converted folder."""
-    return {} if folder is None else {"assistant_model": open_model(folder, None)[0]}
+def assistant_options(folder: Path | None, properties: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate()` for the assistant in a converted folder, which is run with these properties."""
+    return {} if folder is None else {"assistant_model": open_model(folder, None, properties=properties)[0]}
+
+
+def beginning(tokenizer: Any, system: str | None) -> list[dict[str, str]]:
+    """The history of a conversation in which nothing was said. Raises ChatGLMError where a chat format has no room for
+    the system text."""
+    if system is None:
+        return []
+    chat_format = chat_format_for(tokenizer)
+    if not isinstance(chat_format, RolesFormat):
+        wanted = f"none: the chat format of {chat_format.name} has no system role"
+        raise ChatGLMError("--system", "value", "given", wanted)
+    return [{"role": "system", "content": system}]
+
+
+def default_new_tokens(tokenizer: Any) -> int:
+    """Of an answer. A format that has room for more than the others thinks before it answers: all of that room."""
+    length = chat_format_for(tokenizer).defaults.max_length
+    return length if length > _USUAL_LENGTH else DEFAULT_NEW_TOKENS
 
 
 def figures(timing: Timing | None, model: Any) -> str:
@@ -100,22 +124,25 @@ class PromptBar:
                 self._bar = None
 
 
-def ask(model: Any, tokenizer: Any, query: str, show: Show | None = None, **options: Any) -> Answer:
-    """Answer `query` in the model's chat format, without a history. `options` are those of `generate()`."""
-    watch = Stopwatch()
-    options = {"max_new_tokens": DEFAULT_NEW_TOKENS, **options, "stopping_criteria": StoppingCriteriaList([watch])}
+def ask(
+    model: Any, tokenizer: Any, query: str, show: Show | None = None, history: Sequence = (), **options: Any
+) -> Answer:
+    """Answer `query` in the model's chat format, after `history`. `options` are those of `generate()`."""
+    watch, before, ours = Stopwatch(), list(history), isinstance(model, OVChatGLMForCausalLM)
+    most = default_new_tokens(tokenizer) if ours else DEFAULT_NEW_TOKENS
+    options = {"max_new_tokens": most, **options, "stopping_criteria": StoppingCriteriaList([watch])}
     response: Any = ""
-    history: list = []
+    after: list = []
     if show is None:
-        response, history = model.chat(tokenizer, query, history=[], **options)
+        response, after = model.chat(tokenizer, query, history=before, **options)
     else:
-        for response, history in model.stream_chat(tokenizer, query, history=[], **options):
-            show(as_text(response, history))
+        for response, after in model.stream_chat(tokenizer, query, history=before, **options):
+            show(as_text(response, after))
     cut = ""
-    if isinstance(model, OVChatGLMForCausalLM):  # not where the original answers, for comparison
+    if ours:  # not where the original answers, for comparison
         ends = model.stop_ids(chat_format_for(tokenizer), tokenizer, options)
         cut = cut_short(model, watch, options["max_new_tokens"], ends)
-    return Answer(as_text(response, history), watch.timing, figures(watch.timing, model), cut)
+    return Answer(as_text(response, after), watch.timing, figures(watch.timing, model), cut)
 
 
 def complete(model: Any, tokenizer: Any, prompt: str, show: Show | None = None, **options: Any) -> Answer:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatglm_ov.cli.options import WEIGHT_FORMATS, check_output, number
+from chatglm_ov.cli.options import WEIGHT_FORMATS, check_output, model_files, number, warn_of_idle_activation_bits
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.presets import PRESETS
 
@@ -86,6 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
         place=arguments.work_folder,
     )
     session.check()
+    warn_of_idle_activation_bits(session.activation_bits, session.weight_formats)
     report = _measured(session, command_line(arguments))
     # Before anything is shown: whoever reads that may stop reading.
     _write(arguments, report)
@@ -118,8 +119,9 @@ def _weights(arguments: argparse.Namespace) -> Source:
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
     """What would fail at the end fails at the beginning."""
-    for option in ("json", "picture"):
-        check_output(option, getattr(arguments, option))
+    taken = model_files(arguments.folder)
+    check_output("json", arguments.json, taken)
+    check_output("picture", arguments.picture, [*taken, arguments.json])
     if arguments.picture is not None:
         from chatglm_ov.bench.picture import check
 

@@ -35,8 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     from chatglm_ov.cli.answer import PromptBar, assistant_options, open_model, running
 
-    model, tokenizer = open_model(arguments.folder, **model_options(arguments))
-    options |= {"prompt_progress": PromptBar(), **assistant_options(arguments.assistant)}
+    settings = model_options(arguments)
+    model, tokenizer = open_model(arguments.folder, **settings)
+    options |= {"prompt_progress": PromptBar(), **assistant_options(arguments.assistant, settings["properties"])}
     conversation = Conversation(model, tokenizer, options, arguments.system, arguments.stats)
     with suppress(ImportError):
         import readline  # noqa: F401  line editing for input(), where the system has it
@@ -65,7 +66,9 @@ class Conversation:
 
     def __init__(self, model: Any, tokenizer: Any, options: dict[str, Any], system: str | None, stats: bool):
         self._model, self._tokenizer, self._options, self._stats = model, tokenizer, options, stats
-        self._beginning = _beginning(tokenizer, system)
+        from chatglm_ov.cli.answer import beginning
+
+        self._beginning = beginning(tokenizer, system)
         self._history = list(self._beginning)
         self._commands: dict[str, Callable[[], None]] = {
             "/clear": self._clear,
@@ -101,12 +104,12 @@ class Conversation:
         from transformers import StoppingCriteriaList
 
         from chatglm_ov.chat import chat_format_for
-        from chatglm_ov.cli.answer import DEFAULT_NEW_TOKENS, as_text, cut_short, figures
+        from chatglm_ov.cli.answer import as_text, cut_short, default_new_tokens, figures
         from chatglm_ov.cli.printing import TextPrinter
         from chatglm_ov.generation.timing import Stopwatch
 
         watch, printer, text, before, cut = Stopwatch(), TextPrinter(), "", self._history, ""
-        options = {"max_new_tokens": DEFAULT_NEW_TOKENS, **self._options}
+        options = {"max_new_tokens": default_new_tokens(self._tokenizer), **self._options}
         options["stopping_criteria"] = StoppingCriteriaList([watch])
         try:
             self._leave_out_rounds(query, options["max_new_tokens"])
@@ -125,8 +128,8 @@ class Conversation:
             print(f"error: {error}", file=sys.stderr)
         if self._stats and watch.timing:
             print(f"[{figures(watch.timing, self._model)}]")
-        if cut and sys.stdin.isatty():
-            print(f"[{cut}]")
+        if cut:
+            print(f"[{cut}]", file=sys.stderr, flush=True)
 
     def _leave_out_rounds(self, query: str, answer: int) -> None:
         """Of a conversation that is too long for the model, or, where that has no limit, for the original's chat: there
@@ -141,21 +144,6 @@ class Conversation:
         if rounds:
             told = "the oldest round is" if rounds == 1 else f"the {rounds} oldest rounds are"
             print(f"[{told} left out: all together are too much for {limit} tokens]", file=sys.stderr)
-
-
-def _beginning(tokenizer: Any, system: str | None) -> list[dict[str, str]]:
-    """The history of a conversation in which nothing was said."""
-    if system is None:
-        return []
-    from chatglm_ov.chat import chat_format_for
-    from chatglm_ov.chat.roles import RolesFormat
-
-    chat_format = chat_format_for(tokenizer)
-    if not isinstance(chat_format, RolesFormat):
-        raise ChatGLMError(
-            "--system", "value", "given", f"none: the chat format of {chat_format.name} has no system role"
-        )
-    return [{"role": "system", "content": system}]
 
 
 def _valid(text: str) -> str:

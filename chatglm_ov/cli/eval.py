@@ -12,7 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatglm_ov.cli.options import KV_CACHE_FORMATS, WEIGHT_FORMATS, check_output, number
+from chatglm_ov.cli.options import (
+    KV_CACHE_FORMATS,
+    WEIGHT_FORMATS,
+    check_output,
+    model_files,
+    number,
+    warn_of_idle_activation_bits,
+)
 from chatglm_ov.errors import ChatGLMError
 
 if TYPE_CHECKING:
@@ -73,10 +80,12 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
 
     source = Source(arguments.data, arguments.field, arguments.prompt, arguments.limit)
     source.check()
-    check_output("json", arguments.json)
+    taken = [arguments.data, *model_files(arguments.folder), *model_files(arguments.reference)]
+    check_output("json", arguments.json, taken)
     formats = list(dict.fromkeys(arguments.weight_format or weight_formats(arguments.folder)))
     if not formats:
         raise ChatGLMError(arguments.folder, "weight formats", "none", "a converted folder")
+    warn_of_idle_activation_bits([arguments.activation_bits], formats)
     reference = _reference(arguments)
     documents = source.documents(load_tokenizer(arguments.folder))
     texts = Windows(documents, arguments.window, arguments.stride or max(1, arguments.window // 2))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 from chatglm_ov.cli.options import (
     add_generation_options,
@@ -24,8 +26,13 @@ SUMMARY = "answer prompts"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument(
-        "--prompt", nargs="+", action="extend", type=prompt_text, required=True, metavar="TEXT", help="one or more"
+        "--prompt", nargs="+", action="extend", type=prompt_text, default=[], metavar="TEXT",
+        help="one or more; - is what comes in on the standard input",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt-file", nargs="+", action="extend", type=Path, default=[], metavar="FILE", help="a prompt each"
     )
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told about its task (ChatGLM3 and later)")
     parser.add_argument("--raw", action="store_true", help="continue the prompt itself: no chat format around it")
     add_generation_options(parser)
     parser.add_argument("--num-beams", type=number(int, 1), default=1, metavar="N", help="more than 1: not streamed")
@@ -33,25 +40,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.num_beams > 1 and arguments.do_sample:
-        raise ChatGLMError("--num-beams", "value", arguments.num_beams, "1 with --do-sample")
-    if arguments.num_beams > 1 and (arguments.prompt_lookup is not None or arguments.assistant is not None):
-        raise ChatGLMError("--num-beams", "value", arguments.num_beams, "1 with --prompt-lookup and --assistant")
+    _check(arguments)
     options = generation_options(arguments) | {"num_beams": arguments.num_beams}
+    prompts = list(_prompts(arguments))
 
-    from chatglm_ov.cli.answer import PromptBar, ask, assistant_options, complete, open_model, running
+    from chatglm_ov.cli.answer import PromptBar, ask, assistant_options, beginning, complete, open_model, running
     from chatglm_ov.cli.printing import TextPrinter
 
-    model, tokenizer = open_model(arguments.folder, **model_options(arguments))
+    settings = model_options(arguments)
+    model, tokenizer = open_model(arguments.folder, **settings)
     if sys.stderr.isatty():
         print(f"[{running(model)}]", file=sys.stderr, flush=True)
-    options |= {"prompt_progress": PromptBar(), **assistant_options(arguments.assistant)}
+    options |= {"prompt_progress": PromptBar(), **assistant_options(arguments.assistant, settings["properties"])}
+    if not arguments.raw:
+        options["history"] = beginning(tokenizer, arguments.system)
     answer_to = complete if arguments.raw else ask
-    for prompt in arguments.prompt:
+    for prompt in prompts:
         printer = TextPrinter()
         show = None if arguments.no_stream or arguments.num_beams > 1 else printer.show
         answer = answer_to(model, tokenizer, prompt, show, **options)
         printer.finish(answer.text)
         print(f"[{answer.figures}]", file=sys.stderr, flush=True)
-        if answer.cut and arguments.num_beams == 1 and sys.stderr.isatty():
+        if answer.cut and arguments.num_beams == 1:
             print(f"[{answer.cut}]", file=sys.stderr, flush=True)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises ChatGLMError for options that exclude each other."""
+    if arguments.num_beams > 1 and arguments.do_sample:
+        raise ChatGLMError("--num-beams", "value", arguments.num_beams, "1 with --do-sample")
+    if arguments.num_beams > 1 and (arguments.prompt_lookup is not None or arguments.assistant is not None):
+        raise ChatGLMError("--num-beams", "value", arguments.num_beams, "1 with --prompt-lookup and --assistant")
+    if arguments.raw and arguments.system is not None:
+        raise ChatGLMError("--system", "value", "given", "none with --raw: it is a part of the chat format")
+
+
+def _prompts(arguments: argparse.Namespace) -> Iterator[str]:
+    """Those of the command line, then those of files. The end of the last line is no part of a prompt."""
+    if not arguments.prompt and not arguments.prompt_file:
+        raise ChatGLMError("generate", "prompt", "missing", "--prompt TEXT or --prompt-file FILE")
+    for text in arguments.prompt:
+        yield text if text != "-" else prompt_text(sys.stdin.read().removesuffix("\n"), "standard input")
+    for file in arguments.prompt_file:
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ChatGLMError(file, "encoding", f"not UTF-8 ({error.reason})", "text in UTF-8") from error
+        yield prompt_text(text.removesuffix("\n"), file)

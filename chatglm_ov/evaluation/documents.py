@@ -20,6 +20,8 @@ from chatglm_ov.errors import ChatGLMError
 
 SUFFIXES = (".txt", ".jsonl", ".txt.xz", ".jsonl.xz")
 _PLACEHOLDER = re.compile(r"{(\w+)}")
+_NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
+"""NUL, and halves of a surrogate pair: JSON can write one without the other, UTF-8 cannot."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Source:
             raise ChatGLMError(self.path, "file", "missing", "a file of texts")
         if self.prompt is not None and ".jsonl" not in self.path.suffixes:
             raise ChatGLMError("prompt", "data", self.path.name, "a .jsonl file: it is asked before each object")
+        if not self.field:
+            raise ChatGLMError(self.path, "field", "empty", "the name of a text in each object")
+        _characters("prompt", "text", self.prompt or "")
 
     def documents(self, tokenizer: Any) -> list[Document]:
         """Raises ChatGLMError for what is no text, and if there is nothing to predict."""
@@ -99,7 +104,7 @@ def _document(given: tuple[int, ...], ids: tuple[int, ...]) -> Document:
 def _object(where: str, line: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ChatGLMError(where, "JSON", f"unreadable ({error})", "one object a line") from error
     if not isinstance(fields, dict):
         raise ChatGLMError(where, "JSON", f"of type {type(fields).__name__}", "an object")
@@ -110,8 +115,16 @@ def _text(where: str, field: str, fields: dict[str, Any]) -> str:
     if field not in fields:
         raise ChatGLMError(where, field, "missing", f"one of {', '.join(fields) or 'no fields'}")
     value = fields[field]
-    if isinstance(value, list) and all(isinstance(line, str) for line in value):
-        return "\n".join(value)
+    if isinstance(value, list):
+        return "\n".join(_characters(where, f"{field}[{i}]", line) for i, line in enumerate(value))
+    return _characters(where, field, value, "text, or a list of texts")
+
+
+def _characters(where: str, field: str, value: Any, wanted: str = "text") -> str:
+    """`value`, if it is text of whole characters."""
     if not isinstance(value, str):
-        raise ChatGLMError(where, field, f"of type {type(value).__name__}", "text, or a list of texts")
+        raise ChatGLMError(where, field, f"of type {type(value).__name__}", wanted)
+    if found := _NO_CHARACTER.search(value):
+        line = value.count("\n", 0, found.start()) + 1
+        raise ChatGLMError(where, field, f"with {found[0]!r} in line {line} of it", "text")
     return value

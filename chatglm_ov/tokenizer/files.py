@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from chatglm_ov.config import read_json_object
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.weight_files import refuse_placeholder
 
@@ -38,15 +39,7 @@ _RANK_LINE = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n?\Z")
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; {} where the file does not exist."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ChatGLMError(path, "content", f"not JSON ({error})", "a JSON object") from None
-    if not isinstance(content, dict):
-        raise ChatGLMError(path, "content", f"a JSON {type(content).__name__}", "a JSON object")
-    return content
+    return read_json_object(path) if path.is_file() else {}
 
 
 def is_tiktoken(path: Path) -> bool:
