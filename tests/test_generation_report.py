@@ -49,6 +49,12 @@ def test_reuse(report, model):
     assert re.match(r"\d+\.\d%", row[2])
 
 
+def test_beams(report, model):
+    _, *rows = report.beams(model, Namespace(tokens=64, rounds=1))
+    assert [row[:2] for row in rows] == [["4", "64 to 96"], ["4", "96 to 128"]]
+    assert all(float(row[2].split()[0]) > 0 for row in rows)
+
+
 def test_long_prompt(report, model, monkeypatch):
     monkeypatch.setattr(inputs, "PIECE_TOKENS", 128)
     _, row = report.long_prompt(model, Namespace(tokens=1024))

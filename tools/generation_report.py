@@ -1,15 +1,17 @@
 #!/usr/bin/env python
-"""What guessing tokens, reusing a conversation's beginning, and long prompts come to.
+"""What guessing tokens, reusing a conversation's beginning, long prompts and beams come to.
 
     python tools/generation_report.py guesses [--preset chatglm3-6b] [--layers 8] [--weight-format int8]
     python tools/generation_report.py reuse [--history 2048] ...
     python tools/generation_report.py long-prompt [--preset chatglm3-6b-32k] [--layers 2] [--tokens 32768] ...
+    python tools/generation_report.py beams [--preset chatglm-6b] [--layers 4] [--tokens 512] ...
 
 Random weights at a released model's shapes. `guesses`: the same answer with and without prompt lookup, in turns; which
 answer it is, is forced, so that the weights do not matter: a poem quoted with a line changed, a program with a name
 changed, and poems that the prompt does not have. Ratios of times, medians of the rounds. `reuse`: the time of a second
 turn's first token against computing the whole conversation again. `long-prompt`: the peak of anonymous memory beside
-weights and cache, and the time of the first and of the last quarter of the prompt.
+weights and cache, and the time of the first and of the last quarter of the prompt. `beams`: what a step of four rows
+takes that go on from rows drawn anew in each step, against rows that go on from themselves, early and late.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +34,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from chatglm_ov import OVChatGLMForCausalLM, load_tokenizer
+from chatglm_ov.bench.measure import Tokens
 from chatglm_ov.bench.models import converted, from_preset
 from chatglm_ov.calibration.text import POEMS
 from chatglm_ov.cli.demo import CHECKPOINT
@@ -134,25 +138,54 @@ def long_prompt(model: Any, arguments: argparse.Namespace) -> Iterator[list[str]
     yield [str(arguments.tokens), size(cache), size(grown.nbytes - cache), f"{slower:.2f}"]
 
 
+def steps_of_rows(model: Any, rows: int, prompt: int, count: int, orders: np.random.Generator | None) -> list[float]:
+    """Seconds of each of `count` steps behind a prompt; a row goes on from one that `orders` draws, or from itself."""
+    tokens, request = Tokens(model.compiled.config, rows, [prompt], count), model.compiled.create_request()
+    tokens.feed(request, 0, prompt)
+    times = []
+    for end in range(prompt + 1, prompt + count + 1):
+        if orders is not None:
+            tokens.rows = orders.integers(0, rows, rows).astype(np.int32)
+        times.append(tokens.feed(request, end - 1, end))
+    return times
+
+
+def beams(model: Any, arguments: argparse.Namespace) -> Iterator[list[str]]:
+    yield ["rows", "tokens in the cache", "in any order / in order"]
+    rows, prompt, count, part = 4, 64, arguments.tokens, 32
+    ratios = {f"{prompt} to {prompt + part}": [], f"{prompt + count - part} to {prompt + count}": []}
+    for _ in range(arguments.rounds):
+        steady, mixed = (steps_of_rows(model, rows, prompt, count, order) for order in (None, np.random.default_rng(0)))
+        for found, steps in zip(ratios.values(), (slice(part), slice(-part, None)), strict=True):
+            found.append(median(mixed[steps]) / median(steady[steps]))
+    for name, found in ratios.items():
+        yield [str(rows), name, f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"]
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, preset, layers in (("guesses", None, 8), ("reuse", None, 8), ("long-prompt", "chatglm3-6b-32k", 2)):
+    for name, preset, layers, tokens in (
+        ("guesses", "chatglm3-6b", 8, 0),
+        ("reuse", "chatglm3-6b", 8, 0),
+        ("long-prompt", "chatglm3-6b-32k", 2, 32768),
+        ("beams", "chatglm-6b", 4, 512),
+    ):
         command = commands.add_parser(name)
-        command.add_argument("--preset", default=preset or "chatglm3-6b")
+        command.add_argument("--preset", default=preset)
         command.add_argument("--layers", type=int, default=layers)
         command.add_argument("--weight-format", default="int8")
         command.add_argument("--rounds", type=int, default=5)
         command.add_argument("--num-tokens", type=int, default=10)
         command.add_argument("--answer", default="", help="only those with this in their name")
         command.add_argument("--history", type=int, default=2048)
-        command.add_argument("--tokens", type=int, default=32768)
+        command.add_argument("--tokens", type=int, default=tokens)
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    measure = {"guesses": guesses, "reuse": reuse, "long-prompt": long_prompt}[arguments.command]
+    measure = {"guesses": guesses, "reuse": reuse, "long-prompt": long_prompt, "beams": beams}[arguments.command]
     ops, source = available_ops("fused"), from_preset(arguments.preset, arguments.layers)
     with tempfile.TemporaryDirectory() as place, converted(source, arguments.weight_format, [ops], Path(place)) as made:
         model = OVChatGLMForCausalLM.from_pretrained(made[ops], arguments.weight_format)
