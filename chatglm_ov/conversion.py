@@ -130,7 +130,7 @@ def convert(
             for name in plan.weight_formats:
                 described = {} if adapter is None else {"lora": adapter.resolve().name}
                 if calibration is not None and name in calibrated:
-                    # Columns of int8 are not scaled: they have steps to spare.
+                    # Only columns of int4 are scaled by AWQ.
                     described["calibration"] = calibration.label if name == "int4" else "gptq"
                 used = calibrated.get(name, weights)
                 _write_model(config, used, partial / name, name, ops, report, choices, described)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -35,6 +38,13 @@ def shared() -> Path:
     if not (SHARED / "golden").is_dir():
         pytest.skip("../shared/golden is not here: only the goldens in tests/data are checked")
     return SHARED
+
+
+@pytest.fixture
+def import_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a program of tools/ by its name."""
+    monkeypatch.syspath_prepend(str(TESTS.parent / "tools"))
+    return import_module
 
 
 def pytest_configure() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 
@@ -12,15 +11,10 @@ from chatglm_ov import OVChatGLMForCausalLM, convert
 from chatglm_ov.cli.demo import CHECKPOINT
 from chatglm_ov.generation import inputs
 
-TOOLS = Path(__file__).parent.parent / "tools"
-
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import generation_report
-
-    return generation_report
+def report(import_tool):
+    return import_tool("generation_report")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +15,13 @@ from golden_cases import V1, V2, each_ops
 
 @each_ops
 def test_report_of_the_small_sets(
-    ops: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ops: str,
+    tmp_path: Path,
+    import_tool: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "tools"))
-    import golden_report
-
+    golden_report = import_tool("golden_report")
     monkeypatch.setattr(golden_report, "GOLDENS", [V1, V2])
     chosen = ["--formats", "f32", "int8", "--ops", ops, "--precisions", "f32"]
     options = [*chosen, "--json", str(tmp_path / "report.json")]

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,11 +53,9 @@ def assert_holds(folder: Path, *names: str) -> None:
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch) -> Main:
+def main(import_tool: Callable[[str], Any]) -> Main:
     """The tool's main(), in this process, with arguments of any type."""
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    import make_checkpoint
-
+    make_checkpoint = import_tool("make_checkpoint")
     return lambda *arguments: make_checkpoint.main([str(argument) for argument in arguments])
 
 

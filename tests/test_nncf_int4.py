@@ -11,15 +11,10 @@ from chatglm_ov import convert
 from chatglm_ov.cli.demo import CHECKPOINT
 from chatglm_ov.runtime import load_model
 
-TOOLS = Path(__file__).parent.parent / "tools"
-
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import nncf_int4
-
-    return nncf_int4
+def tool(import_tool):
+    return import_tool("nncf_int4")
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,8 @@ void take_over(const ov::Tensor& past, const int32_t* beam_idx, const Columns& c
 }
 
 // A slot for each new column [B, L] that is not padding, which has -1; and the row that the first one's block is copied
-// from [B]. Of sequences that share a block the last one stays in it: what is copied from is written by nobody else.
+// from [B]. Of sequences that share a block the last one stays in it: so no row that is copied from is copied to, and
+// the copies of a call can be made in any order, before its slots are written.
 void place_new(const Columns& columns, Table& table, int32_t* slots, int32_t* copied) {
     for (int64_t row = 0; row < columns.rows; ++row) {
         const int64_t past = table.length(row);
