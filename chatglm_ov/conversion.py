@@ -42,7 +42,7 @@ from chatglm_ov.tokenizer import save_tokenizer_files
 from chatglm_ov.trained_prefix import TrainedPrefix, has_prefix, read_prefix
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
 from chatglm_ov.weights.file import WeightsFile
-from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, write_ir
+from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, WEIGHTS_NAME, write_ir
 from chatglm_ov.weights.quantized import QuantizedTensor
 from chatglm_ov.weights.store import Progress, WeightStore
 
@@ -252,15 +252,21 @@ def _write_model(
 ) -> None:
     """described: what the IR tells about itself beside what it always does."""
     folder.mkdir()
-    with WeightsFile(folder / Path(IR_NAME).with_suffix(".bin")) as file:
-        store = WeightStore(weights, file, weight_format, report, choices)
-        model = architecture(config).build(config, _lowering(ops, store))
-        info = {"format_version": FORMAT_VERSION, "weight_format": weight_format, "ops": ops, **described}
-        if ops == "fused":
-            info["packing_version"] = native().PACKING_VERSION
-        for name, value in info.items():
-            model.set_rt_info(value, [RT_INFO, name])
-        write_ir(model, file, folder / IR_NAME)
+    with WeightsFile(folder / WEIGHTS_NAME) as file:
+        write_graph(config, WeightStore(weights, file, weight_format, report, choices), ops, described)
+
+
+def write_graph(
+    config: ArchitectureConfig, store: WeightStore, ops: str, described: Mapping[str, str | int] = MappingProxyType({})
+) -> None:
+    """The openvino_model.xml of a model beside the file of `store`, and its weights in that file."""
+    model = architecture(config).build(config, _lowering(ops, store))
+    info = {"format_version": FORMAT_VERSION, "weight_format": store.weight_format, "ops": ops, **described}
+    if ops == "fused":
+        info["packing_version"] = native().PACKING_VERSION
+    for name, value in info.items():
+        model.set_rt_info(value, [RT_INFO, name])
+    write_ir(model, store.file, store.file.path.with_name(IR_NAME))
 
 
 def convert_weights(

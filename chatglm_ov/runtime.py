@@ -5,12 +5,10 @@ One `CompiledModel` serves prompt and decode; each `Request` made from it has a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from xml.etree.ElementTree import ParseError
 
 import numpy as np
 import openvino as ov
@@ -21,30 +19,17 @@ from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.fuse_norms import fuse_norms, fuse_residuals
 from chatglm_ov.huge_pages import advise_huge_pages
+from chatglm_ov.ir_reading import core, last_line, runnable_ir
 from chatglm_ov.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, KVCache, PluginCache
 from chatglm_ov.last_rows import take_last_rows_early
 from chatglm_ov.models import architecture
-from chatglm_ov.native import check_forced_level, library_path, native, unavailable
 from chatglm_ov.request import Request
 from chatglm_ov.trained_prefix import TrainedPrefix
-from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, read_description
+from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, UNPACKED, WEIGHTS_NAME
 
 PRECISIONS = ("f32", "bf16", "f16")
 KV_CACHE_FORMATS = tuple(ELEMENT_TYPES)
 ACTIVATION_BITS = (16, 8)
-
-
-@cache
-def core() -> ov.Core:
-    """The package's own Core."""
-    return ov.Core()
-
-
-@cache
-def _core_with_operations() -> ov.Core:
-    """The same, which reads IRs with the native library's operations from then on."""
-    core().add_extension(library_path())
-    return core()
 
 
 def weight_formats(folder: str | Path) -> list[str]:
@@ -102,6 +87,7 @@ def load_model(
     kv_cache_format: f32, bf16 or int8; None: f32 if the inference precision is, else bf16.
     activation_bits: 8 multiplies int8 and int4 weights with 8-bit activations, which is faster for prompts and less
     exact; fused operations only. properties: further OpenVINO properties, which win over ours.
+    Fused operations are unpacked to stock ones, with a warning, where the native library cannot be used.
     Raises ChatGLMError when the folder does not hold that format, or what it holds cannot run here.
     """
     folder, device = Path(folder), device.upper()
@@ -111,14 +97,17 @@ def load_model(
     path = folder / weight_format / IR_NAME
     if not path.exists():
         raise ChatGLMError(folder, "weight_format", repr(weight_format), f"one of {weight_formats(folder)}")
-    model = read_ir(path)
-    ops = model.get_rt_info(["chatglm_ov", "ops"]).astype(str)
-    advise_huge_pages(model, path.with_suffix(".bin").stat().st_size)
+    model = runnable_ir(path, config, weight_format)
+    ops = model.get_rt_info([RT_INFO, "ops"]).astype(str)
+    if model.has_rt_info([RT_INFO, UNPACKED]):
+        # A setting of fused operations, for speed: what runs in their place is exact to 16 bits or more.
+        settings = replace(settings, activation_bits=16)
+    advise_huge_pages(model, path.with_name(WEIGHTS_NAME).stat().st_size)
     own = _fused_properties if ops == "fused" else _stock_properties
     try:
         ours = own(model, settings, device)
     except RuntimeError as error:
-        raise ChatGLMError(path, "IR", f"damaged ({_last_line(error)})", "an IR as `convert` writes it") from error
+        raise ChatGLMError(path, "IR", f"damaged ({last_line(error)})", "an IR as `convert` writes it") from error
     compiled = _compile(model, device, {**ours, **(properties or {})})
     cache_format = settings.cache_format if ops == "fused" else _plugin_cache_format(compiled, settings)
     return CompiledModel(config, weight_format, model, compiled, ops, cache_format, TrainedPrefix.load(folder, config))
@@ -136,51 +125,12 @@ def _converted_config(folder: Path) -> ArchitectureConfig:
     return config
 
 
-def read_ir(path: Path) -> ov.Model:
-    """The graph in `path`, an openvino_model.xml, over its mapped weights. Raises ChatGLMError if it is damaged, of
-    another version, or made of operations that cannot run here."""
-    weights = path.with_suffix(".bin")
-    if not weights.exists():
-        raise ChatGLMError(weights, "file", "missing", "the weights beside the IR")
-    try:
-        reader = _core_for(path, read_description(path))
-        model = reader.read_model(path)
-    except (RuntimeError, ParseError) as error:
-        raise ChatGLMError(path, "IR", f"unreadable ({_last_line(error)})", "an IR as `convert` writes it") from error
-    # Its steps are not checked against their weights: those that it is made of are, as nodes of the graph.
-    if any(node.get_type_name() == "Chain" for node in model.get_ops()):
-        raise ChatGLMError(path, "IR", "with an operation Chain", "an IR as `convert` writes it")
-    return model
-
-
-def _core_for(path: Path, described: dict[str, str]) -> ov.Core:
-    _check_version(path, "format_version", described, FORMAT_VERSION)
-    if described.get("ops") != "fused":
-        return core()
-    check_forced_level()
-    if (reason := unavailable()) is not None:
-        seen = f"fused, which cannot run here ({' '.join(reason.split())})"
-        raise ChatGLMError(path, "ops", seen, "stock: convert again with --ops stock, or install the native library")
-    _check_version(path, "packing_version", described, native().PACKING_VERSION)
-    return _core_with_operations()
-
-
-def _check_version(path: Path, name: str, described: dict[str, str], wanted: int) -> None:
-    if described.get(name) != str(wanted):
-        seen = described.get(name, "missing")
-        raise ChatGLMError(path, name, seen, f"{wanted}: convert the checkpoint again with this version")
-
-
 def _compile(model: ov.Model, device: str, properties: dict[str, Any]) -> ov.CompiledModel:
     try:
         return core().compile_model(model, device, properties)
     except RuntimeError as error:
         known = ", ".join(core().available_devices)
-        raise ChatGLMError(f"device {device}", "compilation", _last_line(error), f"a device of {known}") from error
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ChatGLMError(f"device {device}", "compilation", last_line(error), f"a device of {known}") from error
 
 
 def _stock_properties(model: ov.Model, settings: Settings, device: str) -> dict[str, Any]:

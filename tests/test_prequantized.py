@@ -21,20 +21,22 @@ import openvino as ov
 import pytest
 from command_line import Run, run  # noqa: F401
 from golden_cases import V1, V2, own_prompt, write_checkpoint
-from golden_sets import each_ops
+from golden_sets import each_ops, without_library
 from safetensors.numpy import save_file
+from unpacked import check_same
 
 from chatglm_ov import ChatGLMError, convert
 from chatglm_ov.calibration.text import Calibration
 from chatglm_ov.cli.parts import weight_parts
 from chatglm_ov.config import parse_config, read_config_json
+from chatglm_ov.ir_reading import read_ir
 from chatglm_ov.model_weights import model_weights
 from chatglm_ov.models import architecture
 from chatglm_ov.native import native
 from chatglm_ov.plan import make_plan
 from chatglm_ov.prequantized import open_checkpoint
 from chatglm_ov.presets import config_json
-from chatglm_ov.runtime import load_model, read_ir
+from chatglm_ov.runtime import load_model
 from chatglm_ov.weights.choices import FormatChoices
 from chatglm_ov.weights.formats import FORMATS, int4_format
 
@@ -291,6 +293,12 @@ def test_model_is_the_f32_model_of_the_values(ops, layout, make_once, tmp_path: 
     logits = [own_prompt(ids, model).feed(model.create_request()) for model in models]
     tolerance = 1e-4 if ops == "stock" else 4 * 2**-15
     np.testing.assert_allclose(*logits, rtol=0, atol=tolerance * np.abs(logits[1]).max())
+
+
+@each_layout
+@without_library
+def test_codes_without_the_library_are_the_same(layout, make_once, tmp_path: Path):
+    check_same(make_once(layout).folder, (LAYOUTS[layout].format,), tmp_path)
 
 
 GLM_SIZES = {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32, "intermediate_size": 192}

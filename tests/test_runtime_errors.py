@@ -345,7 +345,17 @@ import sys
 from chatglm_ov import ChatGLMError
 from chatglm_ov.runtime import load_model
 try:
-    load_model(sys.argv[1])
+    print(load_model(sys.argv[1]).ops)
+except ChatGLMError as error:
+    print(error)
+"""
+READ = """
+import sys
+from pathlib import Path
+from chatglm_ov import ChatGLMError
+from chatglm_ov.ir_reading import read_ir
+try:
+    read_ir(next(Path(sys.argv[1]).glob("*/openvino_model.xml")))
 except ChatGLMError as error:
     print(error)
 """
@@ -367,7 +377,12 @@ REASONS = [
 @without_library
 @pytest.mark.parametrize(("environment", "reason"), REASONS)
 def test_fused_folder_without_a_usable_library(environment, reason, whole_fused_folder: Path):
+    """It is run in stock operations; what reads its graph as it is does not."""
     done = in_another_process(LOAD, whole_fused_folder, **environment)
+    assert done.out == "stock\n"
+    (line,) = done.err.splitlines()
+    assert line.startswith("no fused operations (") and reason in line
+    done = in_another_process(READ, whole_fused_folder, **environment)
     (line,) = done.out.splitlines()
     assert "ops is fused, which cannot run here (" in line
     assert reason in line and "--ops stock" in line

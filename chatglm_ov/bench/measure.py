@@ -21,10 +21,11 @@ from chatglm_ov.bench.limits import Limits
 from chatglm_ov.bench.work import weight_bytes
 from chatglm_ov.config import ArchitectureConfig, ChatGLMConfig
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.ir_reading import read_ir
 from chatglm_ov.memory import give_back, memory
 from chatglm_ov.models import architecture
 from chatglm_ov.native import unavailable
-from chatglm_ov.runtime import CompiledModel, Request, load_model, read_ir
+from chatglm_ov.runtime import CompiledModel, Request, load_model
 from chatglm_ov.weights.ir import IR_NAME
 
 WARM_STEPS = 2

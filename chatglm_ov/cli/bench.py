@@ -130,6 +130,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
 
 def _ops(arguments: argparse.Namespace, source: Source) -> str:
     from chatglm_ov.conversion import available_ops
+    from chatglm_ov.native import native
 
     if source.ops is not None:
         if arguments.compare:
@@ -137,6 +138,9 @@ def _ops(arguments: argparse.Namespace, source: Source) -> str:
             raise ChatGLMError("--compare", "folder", source.name, wanted)
         if arguments.ops not in (None, source.ops):
             raise ChatGLMError("--ops", "value", arguments.ops, f"{source.ops}, which {source.name} was converted with")
+        if source.ops == "fused":
+            # Raises where it is missing: what would run in the place of these operations is not what was asked for.
+            native()
         return source.ops
     return available_ops(arguments.ops or "fused")
 

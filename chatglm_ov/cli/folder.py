@@ -11,16 +11,18 @@ import openvino as ov
 
 from chatglm_ov.cli.parts import weight_parts
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
+from chatglm_ov.ir_reading import read_ir
 from chatglm_ov.model_weights import model_weights
 from chatglm_ov.models import architecture
 from chatglm_ov.native import native, unavailable
 from chatglm_ov.plan import make_plan
 from chatglm_ov.prequantized import open_checkpoint
 from chatglm_ov.presets import PRESETS, config_json
-from chatglm_ov.runtime import default_weight_format, load_model, read_ir, weight_formats
+from chatglm_ov.runtime import default_weight_format, load_model, weight_formats
 from chatglm_ov.tokenizer import detect_family
 from chatglm_ov.weights.formats import FORMATS
-from chatglm_ov.weights.ir import IR_NAME, RT_INFO
+from chatglm_ov.weights.graph_file import GraphFile
+from chatglm_ov.weights.ir import IR_NAME, RT_INFO, WEIGHTS_NAME, read_description
 
 TOKENIZER_FILES = ("ice_text.model", "tokenizer.model", "tokenizer.json")
 _NOT_SHAPE = {
@@ -111,18 +113,40 @@ def _converted(path: Path) -> dict[str, Any]:
 
 
 def _ir(xml: Path, config: ArchitectureConfig) -> dict[str, Any]:
+    if unavailable() and read_description(xml).get("ops") == "fused":
+        return _unknown_ir(xml)
     model = read_ir(xml)
     types = Counter(node.get_type_name() for node in model.get_ops())
     return {
         "calibration": _told(model, "calibration"),
         "lora": _told(model, "lora"),
         "parts": weight_parts(model, config),
-        "bytes": sum(file.stat().st_size for file in (xml, xml.with_suffix(".bin"))),
+        "bytes": _bytes(xml),
         "ops": model.get_rt_info(["chatglm_ov", "ops"]).astype(str),
         "state_variables": len(model.get_variables()),
         "nodes": sum(types.values()),
         "node_types": dict(types.most_common()),
     }
+
+
+def _unknown_ir(xml: Path) -> dict[str, Any]:
+    """The same of a graph that OpenVINO does not read here: what its weights are is left out."""
+    described, layers = read_description(xml), GraphFile(xml).layers.values()
+    types = Counter("Constant" if layer.kind == "Const" else layer.kind for layer in layers)
+    return {
+        "calibration": described.get("calibration"),
+        "lora": described.get("lora"),
+        "parts": {},
+        "bytes": _bytes(xml),
+        "ops": described["ops"],
+        "state_variables": types["ReadValue"],
+        "nodes": sum(types.values()),
+        "node_types": dict(types.most_common()),
+    }
+
+
+def _bytes(xml: Path) -> int:
+    return sum(file.stat().st_size for file in (xml, xml.with_name(WEIGHTS_NAME)))
 
 
 def _told(model: ov.Model, name: str) -> str | None:

@@ -12,9 +12,9 @@ import numpy as np
 import openvino as ov
 import psutil
 
+from chatglm_ov.ir_reading import core
 from chatglm_ov.memory import available
 from chatglm_ov.native import library_path, native, unavailable
-from chatglm_ov.runtime import core
 
 ISA_FLAGS = {
     "AVX2": ("avx2", "fma"),

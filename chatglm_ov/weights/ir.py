@@ -17,12 +17,16 @@ import openvino as ov
 from chatglm_ov.weights.file import WeightsFile
 
 IR_NAME = "openvino_model.xml"
+WEIGHTS_NAME = "openvino_model.bin"
 FORMAT_VERSION = 1
 """Version of the layout of a converted folder and of the constants in it; checked at load."""
 
 RT_INFO = "chatglm_ov"
 """Name of what an IR tells about itself: format_version, weight_format, ops, packing_version with
 fused ones, and the methods of a calibration."""
+
+UNPACKED = "unpacked"
+"""What the temporary IR of fused operations that were made stock ones tells."""
 
 DECOMPRESSION_SUFFIX = ".decompressed"
 """Friendly names with this ending mark the Convert of a weight that is stored in bf16."""

@@ -21,7 +21,7 @@
 namespace chatglm {
 
 // Raised with every change of a layout in this file or in cache_layout.h, and of what an operation takes; an IR of
-// another version is refused.
+// another version is refused. chatglm_ov/weights/unpacking.py reads this version too, without the library.
 constexpr int64_t kPackingVersion = 2;
 
 constexpr int64_t kPanel = 16;

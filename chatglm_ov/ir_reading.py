@@ -1,0 +1,95 @@
+"""From an IR folder to the graph that can be compiled here."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from xml.etree.ElementTree import ParseError
+
+import openvino as ov
+
+from chatglm_ov.config import ArchitectureConfig
+from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.native import check_forced_level, library_path, native, unavailable
+from chatglm_ov.unpacked_ir import unpacked_ir
+from chatglm_ov.weights.ir import FORMAT_VERSION, WEIGHTS_NAME, read_description
+from chatglm_ov.weights.unpacking import UNPACKED_VERSION
+
+
+@cache
+def core() -> ov.Core:
+    """The package's own Core."""
+    return ov.Core()
+
+
+@cache
+def _core_with_operations() -> ov.Core:
+    """The same, which reads IRs with the native library's operations from then on."""
+    core().add_extension(library_path())
+    return core()
+
+
+def runnable_ir(path: Path, config: ArchitectureConfig, weight_format: str) -> ov.Model:
+    """The graph in `path` as `read_ir` gives it, but fused operations that cannot run here, for want of the native
+    library, are made stock ones; a warning says so."""
+    described = _described(path)
+    reason = unavailable()
+    if reason is None or described.get("ops") != "fused":
+        return read_ir(path)
+    check_forced_level()
+    _check_version(path, "packing_version", described, UNPACKED_VERSION)
+    with unpacked_ir(path, config, weight_format, reason) as unpacked:
+        return read_ir(unpacked)
+
+
+def read_ir(path: Path) -> ov.Model:
+    """The graph in `path`, an openvino_model.xml, over its mapped weights. Raises ChatGLMError if it is damaged, of
+    another version, or made of operations that cannot run here."""
+    reader = _core_for(path, _described(path))
+    try:
+        model = reader.read_model(path)
+    except RuntimeError as error:
+        raise _unreadable(path, error) from error
+    # Its steps are not checked against their weights: those that it is made of are, as nodes of the graph.
+    if any(node.get_type_name() == "Chain" for node in model.get_ops()):
+        raise ChatGLMError(path, "IR", "with an operation Chain", "an IR as `convert` writes it")
+    return model
+
+
+def _described(path: Path) -> dict[str, str]:
+    """What an IR of our own version tells about itself."""
+    weights = path.with_name(WEIGHTS_NAME)
+    if not weights.exists():
+        raise ChatGLMError(weights, "file", "missing", "the weights beside the IR")
+    try:
+        described = read_description(path)
+    except ParseError as error:
+        raise _unreadable(path, error) from error
+    _check_version(path, "format_version", described, FORMAT_VERSION)
+    return described
+
+
+def _core_for(path: Path, described: dict[str, str]) -> ov.Core:
+    if described.get("ops") != "fused":
+        return core()
+    check_forced_level()
+    if (reason := unavailable()) is not None:
+        seen = f"fused, which cannot run here ({' '.join(reason.split())})"
+        raise ChatGLMError(path, "ops", seen, "stock: convert again with --ops stock, or install the native library")
+    _check_version(path, "packing_version", described, native().PACKING_VERSION)
+    return _core_with_operations()
+
+
+def _check_version(path: Path, name: str, described: dict[str, str], wanted: int) -> None:
+    if described.get(name) != str(wanted):
+        seen = described.get(name, "missing")
+        raise ChatGLMError(path, name, seen, f"{wanted}: convert the checkpoint again with this version")
+
+
+def _unreadable(path: Path, error: Exception) -> ChatGLMError:
+    return ChatGLMError(path, "IR", f"unreadable ({last_line(error)})", "an IR as `convert` writes it")
+
+
+def last_line(error: Exception) -> str:
+    """What OpenVINO's errors end with: what is wrong, behind where it was noticed."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
