@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from chatglm_ov.control_groups import groups
+
 
 def memory() -> tuple[int, int]:
     """Resident and anonymous bytes of this process. The second leaves out the pages of mapped files, such as the
@@ -33,28 +35,19 @@ def available(root: Path = Path("/")) -> int:
     return min([psutil.virtual_memory().available, *_left_of_groups(root)])
 
 
-# Of control groups, version 2 and 1: the controller by which /proc names the group of a process, where groups are, the
-# files with their limit and what is used of it, and in memory.stat what of that are files, which the system can drop
-# unless they are in memory only.
-_GROUPS = (
-    ("", "sys/fs/cgroup", "memory.max", "memory.current", "file", "shmem"),
-    ("memory", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
-)
+# Of control groups by version: the files with their limit and what is used of it, and in memory.stat what of that are
+# files, which the system can drop unless they are in memory only.
+_NAMES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
+    2: ("memory.max", "memory.current", "file", "shmem"),
+}
 
 
 def _left_of_groups(root: Path) -> Iterator[int]:
-    """Of each group that this process is in, and those around it, as far as they can be seen and have a limit."""
-    with suppress(OSError, ValueError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, name = line.split(":", 2)
-            for controller, place, *names in _GROUPS:
-                if controller not in controllers.split(","):
-                    continue
-                group = Path(name.lstrip("/"))
-                for parent in (group, *group.parents):
-                    # In a container the name may be one that only the system outside knows.
-                    with suppress(OSError, ValueError):
-                        yield _left(root / place / parent, *names)
+    """Of each group that can be seen and has a limit."""
+    for version, folder in groups("memory", root):
+        with suppress(OSError, ValueError):
+            yield _left(folder, *_NAMES[version])
 
 
 def _left(group: Path, limit: str, used: str, files: str, in_memory: str) -> int:

@@ -23,6 +23,7 @@ from chatglm_ov.ir_reading import core, last_line, runnable_ir
 from chatglm_ov.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, KVCache, PluginCache
 from chatglm_ov.last_rows import take_last_rows_early
 from chatglm_ov.models import architecture
+from chatglm_ov.processors import thread_limit
 from chatglm_ov.request import Request
 from chatglm_ov.trained_prefix import TrainedPrefix
 from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, UNPACKED, WEIGHTS_NAME
@@ -86,7 +87,8 @@ def load_model(
     by the weights what they compute in; it stands for the format of the cache there.
     kv_cache_format: f32, bf16 or int8; None: f32 if the inference precision is, else bf16.
     activation_bits: 8 multiplies int8 and int4 weights with 8-bit activations, which is faster for prompts and less
-    exact; fused operations only. properties: further OpenVINO properties, which win over ours.
+    exact; fused operations only. properties: further OpenVINO properties, which win over ours; the number of threads
+    is OpenVINO's own choice, or fewer in a container with less processor time.
     Fused operations are unpacked to stock ones, with a warning, where the native library cannot be used.
     Raises ChatGLMError when the folder does not hold that format, or what it holds cannot run here.
     """
@@ -108,7 +110,8 @@ def load_model(
         ours = own(model, settings, device)
     except RuntimeError as error:
         raise ChatGLMError(path, "IR", f"damaged ({last_line(error)})", "an IR as `convert` writes it") from error
-    compiled = _compile(model, device, {**ours, **(properties or {})})
+    limit = thread_limit(core()) if device == "CPU" else {}
+    compiled = _compile(model, device, {**ours, **limit, **(properties or {})})
     cache_format = settings.cache_format if ops == "fused" else _plugin_cache_format(compiled, settings)
     return CompiledModel(config, weight_format, model, compiled, ops, cache_format, TrainedPrefix.load(folder, config))
 

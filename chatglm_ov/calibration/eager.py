@@ -17,6 +17,7 @@ from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.lowering import Activation, AttentionShape, Rotary
 from chatglm_ov.lowering.stock import StockLowering
 from chatglm_ov.models import architecture
+from chatglm_ov.processors import thread_limit
 
 CHUNK = 1024
 """Tokens of one inference of a word that looks at each token alone."""
@@ -131,7 +132,7 @@ class EagerLowering:
         graph = StockLowering(self.weights)
         values = [graph.input(f"x{i}", [-1, -1, count], np.float32) for i, count in enumerate(features)]
         model = graph.model(word(graph, *values), "word")
-        return self._core.compile_model(model, "CPU", EXACT)
+        return self._core.compile_model(model, "CPU", {**EXACT, **thread_limit(self._core)})
 
     def _sequence_inputs(self) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
         """Where the tokens of each sequence are, and the model inputs for them."""

@@ -6,7 +6,8 @@ What was chosen is kept in files, a weight each, and read by the conversion as i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
 from chatglm_ov.models.folds import Fold
+from chatglm_ov.processors import quota_threads
 from chatglm_ov.weight_files import open_weight_file
 from chatglm_ov.weights.formats import WeightFormat, pack_u4, unpack_u4
 from chatglm_ov.weights.quantized import Parts, QuantizedTensor
@@ -65,8 +67,20 @@ def calibrate(
                 models[model].add(name, choice)
                 report(name)
 
-    architecture(config).build(config, EagerLowering(weights, config, sequences, observe))
+    with _threads_in_quota():
+        architecture(config).build(config, EagerLowering(weights, config, sequences, observe))
     return {model: chosen.checkpoint() for model, chosen in models.items()}
+
+
+@contextmanager
+def _threads_in_quota() -> Iterator[None]:
+    """Those of torch, which wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, quota_threads() or before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

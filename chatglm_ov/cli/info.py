@@ -118,7 +118,8 @@ def _work(node_types: dict[str, int]) -> str:
 def _machine_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     nodes = f", {found['numa_nodes']} NUMA nodes" if (found["numa_nodes"] or 1) > 1 else ""
     cores = f"{found['physical_cores']} cores, {found['usable_processors']} usable processors"
-    yield "processor", f"{found['cpu']}, {cores}{nodes}"
+    quota = "" if found["processor_quota"] is None else f" with the time of {found['processor_quota']:g}"
+    yield "processor", f"{found['cpu']}, {cores}{quota}{nodes}"
     yield "memory", f"{size(found['memory_bytes'])}, {size(found['memory_available_bytes'])} available"
     isa = found["isa"]
     if isa is None:

@@ -15,6 +15,7 @@ import psutil
 from chatglm_ov.ir_reading import core
 from chatglm_ov.memory import available
 from chatglm_ov.native import library_path, native, unavailable
+from chatglm_ov.processors import processor_quota, thread_limit
 
 ISA_FLAGS = {
     "AVX2": ("avx2", "fma"),
@@ -53,7 +54,7 @@ def kernel_in_use(precision: str | None) -> dict[str, Any]:
     weight = opset.convert(opset.constant(np.ones((256, 256), np.int8)), "f32")
     y = opset.matmul(x, opset.multiply(weight, opset.constant(np.ones((256, 1), np.float32))), False, True)
     settings = {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
-    compiled = core().compile_model(ov.Model([y], [x]), "CPU", settings)
+    compiled = core().compile_model(ov.Model([y], [x]), "CPU", {**settings, **thread_limit(core())})
     compiled(np.zeros((64, 256), np.float32))
     nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
     kernel = next(n["primitiveType"].astype(str) for n in nodes if n["layerType"].astype(str) == "FullyConnected")
@@ -88,6 +89,7 @@ def machine() -> dict[str, Any]:
         "cpu": core().get_property("CPU", "FULL_DEVICE_NAME").strip() or platform.processor(),
         "physical_cores": psutil.cpu_count(logical=False),
         "usable_processors": _usable_processors(),
+        "processor_quota": processor_quota(),
         "numa_nodes": numa_nodes(),
         "memory_bytes": memory.total,
         "memory_available_bytes": available(),
