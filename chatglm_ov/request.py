@@ -39,6 +39,7 @@ class Request:
         self._columns = np.ones((0, 0), bool)
         self._prefix = 0
         self._lock = threading.RLock()
+        self._user: threading.Thread | None = None
         self._has_one_thread = threads_of(self.infer_request.get_compiled_model()) == 1
 
     @property
@@ -54,13 +55,17 @@ class Request:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """For several calls in a row. Raises ChatGLMError where another thread is at work."""
+        """For several calls in a row: other threads wait for their turn. Raises ChatGLMError where what is at work is a
+        stream that this thread reads, which goes on for as long as nobody closes it."""
         if not self._lock.acquire(blocking=False):
-            wanted = (
-                "one at a time (a stream is one until it is read to its end or closed): "
-                "OVChatGLMForCausalLM(model.config, model.compiled) is another over the same weights"
-            )
-            raise ChatGLMError("model", "use", "by another thread", wanted)
+            if _reader(self._user) is _reader(threading.current_thread()):
+                wanted = (
+                    "a stream that is read to its end or closed first: "
+                    "OVChatGLMForCausalLM(model.config, model.compiled) is another model over the same weights"
+                )
+                raise ChatGLMError("model", "use", "by a stream that this thread reads", wanted)
+            self._lock.acquire()
+        self._user = threading.current_thread()
         try:
             yield
         finally:
@@ -229,6 +234,11 @@ class Request:
         restored = np.empty_like(key)
         restored[..., order] = key
         return restored, value
+
+
+def _reader(thread: threading.Thread | None) -> threading.Thread | None:
+    """The thread that a call is made for: another one where it is a stream's."""
+    return getattr(thread, "reader", thread)
 
 
 def threads_of(compiled: ov.CompiledModel) -> int | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -238,49 +239,66 @@ def test_an_interrupted_call_is_forgotten(open_model, ops, monkeypatch):
     assert model.reused_tokens == 0
 
 
-def test_a_second_thread_is_told(open_model):
+def test_a_second_thread_waits_for_its_turn(open_model):
     model, ids = v2(open_model)
-    wanted = model(ids).logits
-    held, done = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with model.session.request.alone():
-            held.set()
-            done.wait()
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait()
-    for use in (lambda: model(ids), lambda: model.session.request.reset(), lambda: greedy(model, ids)):
-        with pytest.raises(ChatGLMError, match="by another thread"):
-            use()
-    done.set()
-    thread.join()
-    assert torch.equal(model(ids).logits, wanted)
+    wanted, tokens = model(ids).logits, greedy(model, ids)
+    results: dict[str, torch.Tensor] = {}
+    new = tokens.shape[1] - ids.shape[1]
+    uses = {
+        "forward": lambda: model(ids).logits,
+        "generate": lambda: greedy(model, ids),
+        "stream": lambda: torch.tensor([list(stream_tokens(model, ids, max_new_tokens=new, do_sample=False))]),
+    }
+    threads = [threading.Thread(target=lambda name=name: results.update({name: uses[name]()})) for name in uses]
+    with model.session.request.alone():
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        # Ours is not disturbed.
+        assert torch.equal(model(ids).logits, wanted) and not results
+    for thread in threads:
+        thread.join()
+    assert torch.equal(results["forward"], wanted) and torch.equal(results["generate"], tokens)
+    assert torch.equal(results["stream"], tokens[:, ids.shape[1] :])
 
 
 def test_one_generation_at_a_time(open_model):
-    """Between the steps of another one, too; and what either set is gone with it."""
+    """Another one waits, between the steps of this one too; and what either set is gone with it."""
     model, ids = v2(open_model)
-    wanted, refused, told = greedy(model, ids), [], []
+    wanted, threads, others, told = greedy(model, ids), [], [], []
 
     class Meanwhile(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
-            thread = threading.Thread(target=interfere)
+            thread = threading.Thread(target=lambda: others.append(greedy(model, ids)))
             thread.start()
-            thread.join()
+            threads.append(thread)
+            assert not others
             return torch.zeros(len(input_ids), dtype=torch.bool)
-
-    def interfere() -> None:
-        for use in (lambda: greedy(model, ids), lambda: model(ids), lambda: list(stream_tokens(model, ids))):
-            with pytest.raises(ChatGLMError, match="by another thread"):
-                use()
-            refused.append(use)
 
     progress = {"prompt_progress": lambda *at: told.append(at)}
     output = greedy(model, ids, stopping_criteria=StoppingCriteriaList([Meanwhile()]), **progress)
-    assert torch.equal(output, wanted) and len(refused) == 3 * (wanted.shape[1] - ids.shape[1])
+    for thread in threads:
+        thread.join()
+    assert torch.equal(output, wanted) and len(others) == wanted.shape[1] - ids.shape[1]
+    assert all(torch.equal(other, wanted) for other in others)
     assert told == [(ids.shape[1], ids.shape[1])] and model.prompt_progress is None
+
+
+def test_the_reader_of_an_open_stream_is_told(open_model):
+    """It would wait for tokens that nobody reads; other threads wait for the end of the stream."""
+    model, ids = v2(open_model)
+    wanted, others = greedy(model, ids), []
+    stream = stream_tokens(model, ids, max_new_tokens=400, do_sample=False, eos_token_id=-1)
+    first = next(stream)
+    uses = (lambda: greedy(model, ids), lambda: model(ids), lambda: list(stream_tokens(model, ids)))
+    for use in (*uses, lambda: model.session.request.reset()):
+        with pytest.raises(ChatGLMError, match="model: use is by a stream that this thread reads"):
+            use()
+    other = threading.Thread(target=lambda: others.append(greedy(model, ids)))
+    other.start()
+    stream.close()
+    other.join()
+    assert first == wanted[0, ids.shape[1]] and torch.equal(others[0], wanted)
     assert torch.equal(greedy(model, ids), wanted)
 
 

@@ -67,6 +67,19 @@ class _Tokens(BaseStreamer):
             self.queue.put(None)
 
 
+class _Maker(threading.Thread):
+    """Makes the tokens that another thread reads."""
+
+    def __init__(self, tokens: _Tokens, model: Any, input_ids: torch.Tensor, options: dict[str, Any]):
+        # Not a daemon: one would be ended inside the model at the end of the program.
+        super().__init__(target=tokens.run, args=(model, input_ids, options), daemon=False)
+        self._tokens = tokens
+
+    @property
+    def reader(self) -> threading.Thread:
+        return self._tokens.reader
+
+
 def stream_tokens(model: Any, input_ids: torch.Tensor, **options: Any) -> Iterator[int]:
     """New tokens of `model.generate(input_ids, **options)` as soon as each is chosen; `input_ids` int64 [1, L].
 
@@ -77,7 +90,7 @@ def stream_tokens(model: Any, input_ids: torch.Tensor, **options: Any) -> Iterat
     if rows != 1:
         raise ChatGLMError("stream", "sequences", rows, "1: the tokens of several would be one stream")
     tokens = _Tokens()
-    thread = threading.Thread(target=tokens.run, args=(model, input_ids, options), daemon=False)
+    thread = _Maker(tokens, model, input_ids, options)
     thread.start()
     try:
         while (item := tokens.queue.get()) is not None:
