@@ -1,16 +1,31 @@
 """Rows whose logits nobody wants, left out in a model that is about to be compiled.
 
-The graph takes the last `logits_to_keep` rows before the LM head. What lies before it, back to the attention of the
-last layer, has no other reader, and is computed for those rows only: in a prompt for one row, which saves most of a
-layer.
+A graph of fused operations takes the last `logits_to_keep` rows before the LM head; one of stock operations is made to.
+What lies before it in a fused graph, back to the attention of the last layer, has no other reader, and is computed for
+those rows only: in a prompt for one row, which saves most of a layer.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import openvino as ov
 import openvino.opset15 as ops
 
+from chatglm_ov.lowering.graph import LOGITS_TO_KEEP, graph_input, last_rows
 from chatglm_ov.lowering.operations import attributes_of, operation
+
+
+def add_logits_to_keep(model: ov.Model) -> None:
+    """Change `model` in place, whose logits are a MatMul of stock operations: the input is added that tells of how many
+    rows they are wanted. One that has it already is left alone."""
+    if any(node.get_friendly_name() == LOGITS_TO_KEEP for node in model.get_parameters()):
+        return
+    count = graph_input(LOGITS_TO_KEEP, [1], np.int64)
+    head = model.get_results()[0].input_value(0).get_node()
+    head.input(0).replace_source_output(last_rows(head.input_value(0), count).output(0))
+    model.add_parameters([count])
+    model.validate_nodes_and_infer_types()
+
 
 ROW_BY_ROW = ("FullyConnected", "Norm", "Add")
 """Operations whose rows of results are made of the same rows of their inputs."""
@@ -20,7 +35,7 @@ def take_last_rows_early(model: ov.Model) -> None:
     """Change `model` in place, whose only Slice is the one before the LM head."""
     nodes = model.get_ordered_ops()
     for cut in [node for node in nodes if node.get_type_name() == "Slice"]:
-        (wanted,) = (node for node in model.get_parameters() if node.get_friendly_name() == "logits_to_keep")
+        (wanted,) = (node for node in model.get_parameters() if node.get_friendly_name() == LOGITS_TO_KEEP)
         taken = _Taken(ops.convert(wanted, "i32"), _read_by(nodes, cut))
         rows = taken.rows(cut.input_value(0))
         for target in cut.output(0).get_target_inputs():

@@ -21,7 +21,7 @@ from chatglm_ov.fuse_norms import fuse_norms, fuse_residuals
 from chatglm_ov.huge_pages import advise_huge_pages
 from chatglm_ov.ir_reading import core, last_line, runnable_ir
 from chatglm_ov.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, KVCache, PluginCache
-from chatglm_ov.last_rows import take_last_rows_early
+from chatglm_ov.last_rows import add_logits_to_keep, take_last_rows_early
 from chatglm_ov.models import architecture
 from chatglm_ov.processors import thread_limit
 from chatglm_ov.request import Request
@@ -137,10 +137,12 @@ def _compile(model: ov.Model, device: str, properties: dict[str, Any]) -> ov.Com
 
 
 def _stock_properties(model: ov.Model, settings: Settings, device: str) -> dict[str, Any]:
+    """Prepares `model` as well."""
     precision = settings.inference_precision
     if settings.activation_bits != 16:
         wanted = "16 with stock operations, whose activations the device chooses"
         raise ChatGLMError("load_model", "activation_bits", settings.activation_bits, wanted)
+    add_logits_to_keep(model)
     properties = {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
     if device != "CPU":
         return properties

@@ -248,7 +248,6 @@ def test_ir_computes_what_the_graph_did(golden, weight_format, tmp_path: Path):
         "attention_mask": np.ones_like(ids),
         "position_ids": golden["p5_position_ids"],
         "beam_idx": np.zeros(1, np.int32),
-        "logits_to_keep": np.zeros(1, np.int64),
     }
     prefix = architecture(config).prefix_length(config, ids, None)
     inputs |= {} if prefix is None else {"prefix_length": prefix}

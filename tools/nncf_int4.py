@@ -41,7 +41,6 @@ def inputs_of(folder: Path, names: set[str]) -> list[dict[str, np.ndarray]]:
             "position_ids": module.position_ids(config, rows, mask),
             "prefix_length": module.prefix_length(config, rows, mask),
             "beam_idx": np.zeros(1, np.int32),
-            "logits_to_keep": np.array([1], np.int64),
         }
         items.append({name: value for name, value in item.items() if name in names})
     return items

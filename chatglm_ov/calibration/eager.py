@@ -144,7 +144,6 @@ class EagerLowering:
                 "attention_mask": mask,
                 "position_ids": module.position_ids(self._config, batch, mask),
                 "beam_idx": np.zeros(1, np.int32),
-                "logits_to_keep": np.zeros(1, np.int64),
             }
             if (prefix := module.prefix_length(self._config, batch, mask)) is not None:
                 inputs["prefix_length"] = prefix

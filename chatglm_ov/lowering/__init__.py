@@ -49,8 +49,8 @@ class Lowering(Protocol):
 
     def inputs(self, *, position_rows: int = 1, prefix: bool = False) -> None:
         """Declare the model inputs: input_ids i64 [B, L], attention_mask i64 [B, T], position_ids i64 [B, L]
-        (or [B, position_rows, L]), beam_idx i32 [B], logits_to_keep i64 [1], and with `prefix` prefix_length
-        i64 [B], the leading columns that every row sees."""
+        (or [B, position_rows, L]), beam_idx i32 [B], and with `prefix` prefix_length i64 [B], the leading columns
+        that every row sees. A lowering may have logits_to_keep i64 [1] too, which others are given at load."""
 
     def embedding(self, name: str, *, tied: bool = False) -> Any:
         """Rows of the table `name` for input_ids: [B, L, hidden_size]. `tied`: it is the LM head's table too."""
@@ -82,7 +82,7 @@ class Lowering(Protocol):
         """Rotary, append to the cache, attention. qkv [B, L, (H + 2G) D] in planes q, k, v -> [B, L, H D]."""
 
     def lm_head(self, x: Any, name: str) -> Any:
-        """Logits f32 [B, kept, V] of the last logits_to_keep positions, 0 meaning all of them."""
+        """Logits f32 [B, L, V], or [B, kept, V] of the last logits_to_keep positions, 0 meaning all of them."""
 
     def model(self, logits: Any, name: str) -> Any:
         """The finished openvino.Model."""

@@ -18,7 +18,7 @@ import openvino as ov
 import openvino.opset15 as ops
 
 from chatglm_ov.lowering import Activation, AttentionShape, Rotary
-from chatglm_ov.lowering.graph import GraphLowering, i64, scalar
+from chatglm_ov.lowering.graph import LOGITS_TO_KEEP, GraphLowering, i64, last_rows, scalar
 from chatglm_ov.lowering.operations import operation
 from chatglm_ov.weights.packing import PADDING, PackedWeight, filled, gate_up_rows
 from chatglm_ov.weights.store import WeightStore
@@ -39,6 +39,7 @@ class FusedLowering(GraphLowering):
 
     def inputs(self, *, position_rows: int = 1, prefix: bool = False) -> None:
         super().inputs(position_rows=position_rows, prefix=prefix)
+        self._logits_to_keep = self.input(LOGITS_TO_KEEP, [1], np.int64)
         self._ids = ops.convert(self.input_ids, "i32")
         columns = [ops.convert(self.attention_mask, "i32"), self._ids, self.beam_idx]
         if self.prefix_length is not None:
@@ -126,7 +127,7 @@ class FusedLowering(GraphLowering):
 
     def lm_head(self, x: ov.Node, name: str) -> ov.Node:
         table = self._payloads.packed_lm_head(name)
-        return _fully_connected([self._kept(x), table.payload], table, table.out_features)
+        return _fully_connected([last_rows(x, self._logits_to_keep), table.payload], table, table.out_features)
 
 
 def _layout(weight: PackedWeight) -> dict[str, str | int]:

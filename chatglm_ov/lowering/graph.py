@@ -15,6 +15,9 @@ from openvino.op.util import Variable, VariableInfo
 from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.lowering import Rotary
 
+LOGITS_TO_KEEP = "logits_to_keep"
+"""Input i64 [1]: of how many of the last positions there are logits."""
+
 
 def i64(*values: int) -> ov.Node:
     """A constant vector."""
@@ -23,6 +26,18 @@ def i64(*values: int) -> ov.Node:
 
 def scalar(value: int) -> ov.Node:
     return ops.constant(np.int64(value))
+
+
+def graph_input(name: str, shape: list[int], element_type: Any) -> ov.Node:
+    """A parameter that is an input of that name."""
+    node = ops.parameter(shape, element_type, name=name)
+    node.output(0).get_tensor().set_names({name})
+    return node
+
+
+def last_rows(x: ov.Node | ov.Output, count: ov.Node) -> ov.Node:
+    """The last `count` i64 [1] positions of x [B, L, features], 0 meaning all of them."""
+    return ops.slice(x, ops.negative(count), i64(np.iinfo(np.int64).max), i64(1), i64(1))
 
 
 class WeightParts(Protocol):
@@ -54,12 +69,10 @@ class GraphLowering:
         self.attention_mask = self.input("attention_mask", [-1, -1], np.int64)
         self.position_ids = self.input("position_ids", position_shape, np.int64)
         self.beam_idx = self.input("beam_idx", [-1], np.int32)
-        self.logits_to_keep = self.input("logits_to_keep", [1], np.int64)
         self.prefix_length = self.input("prefix_length", [-1], np.int64) if prefix else None
 
     def input(self, name: str, shape: list[int], element_type: Any) -> ov.Node:
-        node = ops.parameter(shape, element_type, name=name)
-        node.output(0).get_tensor().set_names({name})
+        node = graph_input(name, shape, element_type)
         self._parameters.append(node)
         return node
 
@@ -84,10 +97,6 @@ class GraphLowering:
             return cos, sin
         factor = np.float32(rotary.factor)
         return ops.multiply(cos, factor), ops.multiply(sin, factor)
-
-    def _kept(self, x: ov.Node) -> ov.Node:
-        """The last logits_to_keep positions of x [B, L, features], 0 meaning all of them."""
-        return ops.slice(x, ops.negative(self.logits_to_keep), i64(np.iinfo(np.int64).max), i64(1), i64(1))
 
     @staticmethod
     def _variable(variable_id: str, element_type: ov.Type, shape: list[int]) -> Variable:

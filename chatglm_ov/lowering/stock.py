@@ -1,7 +1,9 @@
 """The stock lowering: opset calls only, in the patterns that the CPU plugin fuses.
 
 Letters in shapes as in `chatglm_ov.lowering`. The graph computes in f32; what a device makes of that follows from
-the inference precision it is compiled for.
+the inference precision it is compiled for. Inputs, state and attention are as OpenVINO GenAI expects them, which also
+turns the attention into its paged one: input_ids, attention_mask, position_ids and beam_idx, and nothing else but what
+ChatGLM-6B needs.
 """
 
 from __future__ import annotations
@@ -176,10 +178,11 @@ class StockLowering(GraphLowering):
         """[B, groups, T, D] -> [B, heads, T, D]: query head j reads group j // (heads / groups)."""
         if heads == groups:
             return x
-        ones = ops.constant(np.ones((1, 1, heads // groups, 1, 1), dtype=np.float32))
-        repeated = ops.multiply(ops.unsqueeze(x, i64(2)), ones)
+        times = i64(1, 1, heads // groups, 1, 1)
+        repeated = ops.broadcast(ops.unsqueeze(x, i64(2)), times, broadcast_spec="BIDIRECTIONAL")
         return ops.reshape(repeated, i64(0, heads, -1, dim), True)
 
     def lm_head(self, x: ov.Node, name: str) -> ov.Node:
+        # Of all rows: whoever runs the model leaves out those that nobody wants (`chatglm_ov.last_rows`).
         shape = list(self.weights.checkpoint.shape(name))
-        return ops.matmul(self._kept(x), self._dequantized(name, self.weights.lm_head(name), shape), False, True)
+        return ops.matmul(x, self._dequantized(name, self.weights.lm_head(name), shape), False, True)
