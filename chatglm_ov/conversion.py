@@ -25,7 +25,13 @@ from tqdm import tqdm
 
 from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.config import ArchitectureConfig, RopeRatioMeaning, parse_config, read_config_json
-from chatglm_ov.conversion_checks import check_apart, check_arguments, check_replaceable
+from chatglm_ov.conversion_checks import (
+    check_addable,
+    check_apart,
+    check_arguments,
+    check_replaceable,
+    check_same_model,
+)
 from chatglm_ov.converted_config import converted_fields, given_fields, is_converted, warn_of_doubtful_base
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.finished_folder import check_disk, finished_or_nothing, remove_leftovers
@@ -69,6 +75,7 @@ def convert(
     rope_theta: float | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    add: bool = False,
     progress: bool = True,
 ) -> Path:
     """Convert `checkpoint`, a folder as the model's authors publish it, to the folder `output`.
@@ -85,7 +92,9 @@ def convert(
     `ChatGLM2Config`). rope_theta: the rotary base of `glm` and `glm4` models where config.json has a wrong one.
     rope_scaling: for contexts that are longer than those the model was trained on, fields as in config.json:
     {"rope_type": "yarn", "factor": 4.0} (also "linear", "ntk"), not for ChatGLM-6B. overwrite: a converted folder that
-    is `output` is replaced, and what is in a folder of other things stays, beside the new files. Returns `output`.
+    is `output` is replaced, and what is in a folder of other things stays, beside the new files. add: `output` is a
+    converted folder of the same model, which keeps its formats; with `overwrite` these ones are written anew. Returns
+    `output`.
 
     Raises ChatGLMError for anything that is wrong with the arguments, the checkpoint or the disk; then nothing is
     left behind.
@@ -101,12 +110,18 @@ def convert(
         check_apart(target, Path(p_tuning), "P-Tuning")
     if calibration is not None:
         check_apart(target, calibration.source.path, "calibration text")
-    check_replaceable(target, overwrite)
+    if add:
+        check_addable(target, weight_formats, overwrite)
+    else:
+        check_replaceable(target, overwrite)
     ops = available_ops(ops)
     with open_checkpoint(source, fields) as stored, with_lora(stored, adapter, config) as merged:
         weights = model_weights(config, merged)
         prefix = _trained_prefix(config, stored, None if p_tuning is None else Path(p_tuning))
         fields["pre_seq_len"] = None if prefix is None else prefix.length
+        lora_name = None if adapter is None else adapter.resolve().name
+        if add:
+            check_same_model(target, converted_fields(fields, config, ops), prefix, lora_name)
         _check_calibration(weights, weight_formats, calibration)
         more_bytes = 0 if prefix is None else prefix.nbytes
         sequences = _sequences(source, config, calibration)
@@ -118,7 +133,8 @@ def convert(
         if plan.memory_bytes > (free := available()):
             log.warning("%s of memory are free: the system may end the conversion", size(free))
         with ExitStack() as stack:
-            partial = stack.enter_context(finished_or_nothing(target.resolve(), overwrite, is_converted(target)))
+            replaced = is_converted(target) and not add
+            partial = stack.enter_context(finished_or_nothing(target.resolve(), overwrite or add, replaced))
             _write_side_files(source, partial, fields, config, ops)
             if prefix is not None:
                 prefix.save(partial)
@@ -128,7 +144,7 @@ def convert(
             calibrated = stack.enter_context(sources)
             report = stack.enter_context(_progress_bar(plan, progress))
             for name in plan.weight_formats:
-                described = {} if adapter is None else {"lora": adapter.resolve().name}
+                described = {} if lora_name is None else {"lora": lora_name}
                 if calibration is not None and name in calibrated:
                     # Only columns of int4 are scaled by AWQ.
                     described["calibration"] = calibration.label if name == "int4" else "gptq"

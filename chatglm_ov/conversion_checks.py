@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from chatglm_ov.config import parse_config, read_config_json
 from chatglm_ov.converted_config import is_converted
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.trained_prefix import TrainedPrefix
 from chatglm_ov.weights.formats import FORMATS
+from chatglm_ov.weights.ir import IR_NAME, read_description
 
 OPS = ("fused", "stock")
 
@@ -34,11 +39,38 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ChatGLMError(target, "output", "not empty", "a new or empty folder, or --overwrite")
+        formats = "--add for other formats, " if is_converted(target) else ""
+        raise ChatGLMError(target, "output", "not empty", f"a new or empty folder, {formats}or --overwrite")
     if (target / "config.json").exists() and not is_converted(target):
         raise ChatGLMError(target, "output", "a folder of another model", "a converted folder, or another place")
     if is_converted(target) and target.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise ChatGLMError(target, "output", "the current folder, which cannot be replaced", "another folder")
+
+
+def check_addable(target: Path, weight_formats: Sequence[str], overwrite: bool) -> None:
+    """A converted folder that other formats are added to: without those, unless they may be written over."""
+    if not is_converted(target):
+        seen = "a folder of something else" if target.exists() else "missing"
+        raise ChatGLMError(target, "output", seen, "a converted folder, which formats can be added to")
+    there = [name for name in weight_formats if (target / name).exists()]
+    if there and not overwrite:
+        raise ChatGLMError(target, "weight_formats", f"{there[0]}, which is there", "other formats, or --overwrite")
+
+
+def check_same_model(target: Path, fields: dict[str, Any], prefix: TrainedPrefix | None, lora: str | None) -> None:
+    """What is added to a converted folder is of the same model. fields: the config.json that it would have. lora: name
+    of the adapter that is merged."""
+    there = read_config_json(target)
+    for name in sorted(there.keys() | fields.keys()):
+        if there.get(name) != fields.get(name):
+            seen, wanted = (json.dumps(each.get(name), ensure_ascii=False)[:80] for each in (there, fields))
+            raise ChatGLMError(target / "config.json", name, seen, f"{wanted}, as in what is added")
+    stored = TrainedPrefix.load(target, parse_config(there))
+    if stored is not None and not stored.equals(prefix):
+        raise ChatGLMError(target, "trained prefix", "another one", "that of what is added")
+    for xml in target.glob(f"*/{IR_NAME}"):
+        if (merged := read_description(xml).get("lora")) != lora:
+            raise ChatGLMError(xml, "lora", merged or "none", f"{lora or 'none'}, as in what is added")
 
 
 def check_apart(target: Path, folder: Path, name: str) -> None:

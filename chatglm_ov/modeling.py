@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from chatglm_ov.config import ArchitectureConfig, read_config_json
@@ -281,3 +281,7 @@ def _generation_config(folder: Path, architecture: ArchitectureConfig) -> Genera
         if ids is None:
             setattr(config, name, getattr(architecture, name))
     return config
+
+
+# Where transformers' pipelines look which classes write text; they warn of all others, and name those.
+AutoModelForCausalLM.register(OVChatGLMConfig, OVChatGLMForCausalLM, exist_ok=True)

@@ -42,6 +42,11 @@ class TrainedPrefix:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
+    def equals(self, other: TrainedPrefix | None) -> bool:
+        return other is not None and all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in ("keys", "values")
+        )
+
     def save(self, folder: Path) -> None:
         try:
             save_file({"keys": self.keys, "values": self.values}, folder / FILE_NAME)

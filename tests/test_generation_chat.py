@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -285,6 +286,17 @@ def test_a_stream_as_the_originals_are_called(case):
         assert call(case.tokenizer, "ef", history=history, past_key_values=past, **options)
         with pytest.raises(ChatGLMError, match="chat: past_key_values is of type list, expected None or what"):
             call(case.tokenizer, "ef", past_key_values=[])
+
+
+def test_a_pipeline_takes_the_model_without_a_warning(case, caplog):
+    base = logging.getLogger("transformers.pipelines.base")
+    base.addHandler(caplog.handler)
+    try:
+        base.warning("told")
+        pipeline("text-generation", model=case.model, tokenizer=case.tokenizer)
+    finally:
+        base.removeHandler(caplog.handler)
+    assert {record.message for record in caplog.records if record.levelno >= logging.WARNING} == {"told"}
 
 
 def test_a_pipeline_goes_on_with_an_answer(case):

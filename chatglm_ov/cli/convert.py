@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a converted folder, or write beside what is in another"
     )
+    parser.add_argument("--add", action="store_true", help="write further formats into a converted folder of the model")
     parser.add_argument(
         "--rope-ratio-meaning",
         choices=("position", "base"),
@@ -109,6 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
         rope_theta=arguments.rope_theta,
         rope_scaling=arguments.rope_scaling,
         overwrite=arguments.overwrite,
+        add=arguments.add,
     )
 
 

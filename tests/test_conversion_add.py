@@ -1,0 +1,140 @@
+"""Formats that are added to a converted folder."""
+
+# ruff: noqa: F811 (a fixture is imported)
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import Run, run  # noqa: F401
+from conversions import names, to_int8
+from golden_cases import V1, V2, each_small
+from golden_sets import each_ops
+from lora_files import low_rank, write_lora
+from safetensors.numpy import save_file
+
+from chatglm_ov import ChatGLMError, convert
+from chatglm_ov.config import read_config_json
+from chatglm_ov.conversion import available_ops
+from chatglm_ov.runtime import load_model, weight_formats
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@each_small
+@each_ops
+def test_it_is_the_folder_that_was_made_at_once(golden, ops, tmp_path: Path):
+    once = convert(golden.checkpoint, tmp_path / "once", ("int8", "int4"), ops, progress=False)
+    folder = to_int8(golden.checkpoint, tmp_path / "folder", ops=ops)
+    (folder / "notes.txt").write_text("mine")
+    before = (folder / "int8" / "openvino_model.bin").stat()
+    convert(golden.checkpoint, folder, ("int4",), ops, add=True, progress=False)
+    assert (folder / "int8" / "openvino_model.bin").stat() == before
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    assert names(folder.parent) == ["folder", "once"]
+    found, wanted = contents(folder), contents(once)
+    assert found.keys() == wanted.keys()
+    # Numbers in the names of small constants go on from one graph of a process to the next.
+    assert all(found[name] == wanted[name] for name in wanted if not name.endswith(".xml"))
+    assert [load_model(folder, name).weight_format for name in weight_formats(folder)] == ["int4", "int8"]
+
+
+def test_a_format_that_is_there_is_written_over_if_that_is_said(tmp_path: Path):
+    folder = convert(V2.checkpoint, tmp_path / "out", ("int8", "bf16"), progress=False)
+    before = contents(folder)
+    with pytest.raises(ChatGLMError, match="weight_formats is int8, which is there, expected other formats, or --over"):
+        to_int8(V2.checkpoint, folder, add=True)
+    assert contents(folder) == before
+    (folder / "int8" / "openvino_model.bin").write_bytes(b"damaged")
+    to_int8(V2.checkpoint, folder, add=True, overwrite=True)
+    assert {name: data for name, data in contents(folder).items() if not name.endswith(".xml")} == {
+        name: data for name, data in before.items() if not name.endswith(".xml")
+    }
+
+
+def another_config(folder: Path) -> dict[str, Any]:
+    checkpoint = Path(shutil.copytree(V2.checkpoint, folder / "other"))
+    fields = read_config_json(checkpoint)
+    (checkpoint / "config.json").write_text(json.dumps({**fields, "layernorm_epsilon": 1e-6}))
+    return {"checkpoint": checkpoint}
+
+
+def another_lora(folder: Path) -> dict[str, Any]:
+    write_lora(folder / "poet", low_rank("transformer.encoder.layers.0.self_attention.dense", (128, 128)))
+    return {"lora": folder / "poet"}
+
+
+def another_prefix(folder: Path) -> dict[str, Any]:
+    (folder / "tuned").mkdir()
+    tensors = {"transformer.prefix_encoder.embedding.weight": np.ones((4, 3 * 2 * 2 * 32), np.float32)}
+    save_file(tensors, folder / "tuned" / "model.safetensors")
+    return {"p_tuning": folder / "tuned"}
+
+
+OTHERS = {
+    "another model": (lambda folder: {"checkpoint": V1.checkpoint}, r"config.json: \w+ is "),
+    "another field": (another_config, r"layernorm_epsilon is 1e-05, expected 1e-06, as in what is added"),
+    "another scaling": (lambda folder: {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling is null"),
+    "an adapter": (another_lora, "openvino_model.xml: lora is none, expected poet, as in what is added"),
+    "a prefix": (another_prefix, "pre_seq_len is null, expected 4"),
+    "other operations": (
+        lambda folder: {"ops": "stock"},
+        'chatglm_ov is {.*"ops": "fused"}, expected {.*"ops": "stock"}, as in what is added',
+    ),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_is_not_the_same_model_is_refused(other: str, tmp_path: Path):
+    if other == "other operations" and available_ops("fused") == "stock":
+        pytest.skip("no native library: there is one kind of operations")
+    folder = to_int8(V2.checkpoint, tmp_path / "out")
+    before, (change, told) = contents(folder), OTHERS[other]
+    options = {"checkpoint": V2.checkpoint, **change(tmp_path)}
+    with pytest.raises(ChatGLMError, match=told) as error:
+        convert(options.pop("checkpoint"), folder, ("bf16",), add=True, progress=False, **options)
+    assert "\n" not in str(error.value)
+    assert contents(folder) == before
+
+
+def test_a_prefix_has_to_be_the_same_one(tmp_path: Path):
+    options = another_prefix(tmp_path)
+    folder = to_int8(V2.checkpoint, tmp_path / "out", **options)
+    convert(V2.checkpoint, folder, ("bf16",), add=True, progress=False, **options)
+    tensors = {"transformer.prefix_encoder.embedding.weight": np.zeros((4, 3 * 2 * 2 * 32), np.float32)}
+    save_file(tensors, options["p_tuning"] / "model.safetensors")
+    with pytest.raises(ChatGLMError, match="trained prefix is another one"):
+        convert(V2.checkpoint, folder, ("int4",), add=True, progress=False, **options)
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "something else", "a checkpoint"])
+def test_only_a_converted_folder_is_added_to(there: str, tmp_path: Path):
+    folder = tmp_path / "out"
+    if there == "a checkpoint":
+        shutil.copytree(V1.checkpoint, folder)
+    elif there != "nothing":
+        folder.mkdir()
+        (folder / "file").write_text("x") if there == "something else" else None
+    with pytest.raises(ChatGLMError, match="expected a converted folder, which formats can be added to"):
+        to_int8(V2.checkpoint, folder, add=True)
+    assert folder.exists() == (there != "nothing")
+
+
+def test_on_the_command_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The current folder too, which cannot be replaced."""
+    folder = to_int8(V2.checkpoint, tmp_path / "out")
+    assert (
+        "a new or empty folder, --add for other formats, or --overwrite" in run("convert", V2.checkpoint, folder).error
+    )
+    monkeypatch.chdir(folder)
+    done = run("convert", V2.checkpoint, ".", "--weight-format", "bf16", "--add")
+    assert done.code == 0 and "int8" in done.out and "bf16" in done.out
+    assert weight_formats(Path()) == ["bf16", "int8"]
