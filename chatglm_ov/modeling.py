@@ -176,11 +176,11 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
             raise ChatGLMError("forward", "logits_to_keep", logits_to_keep, "0 (all) or a number of last columns")
         given = one_cache({"past_key_values": past_key_values, "cache": cache})
-        with self.session.request.alone():
+        with self.session.request.turns.taken():
             cache, logits = self._forward(input_ids, attention_mask, position_ids, given, logits_to_keep)
-        if prompt_copies > 1:
-            logits = logits.repeat(prompt_copies, axis=0)
-            cache.batch_repeat_interleave(prompt_copies)
+            if prompt_copies > 1:
+                logits = logits.repeat(prompt_copies, axis=0)
+                cache.batch_repeat_interleave(prompt_copies)
         handle = cache if use_cache is not False else None
         loss = None if labels is None else _loss(torch.from_numpy(logits), labels)
         output = CausalLMOutputWithPast(loss=loss, logits=torch.from_numpy(logits), **{CACHE_NAME: handle})  # type: ignore[arg-type]
@@ -206,7 +206,7 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
     def release_cache(self) -> None:
         """Give the memory of the KV cache back to the system: by itself it stays for the next sequence, as large as the
         largest so far. The next call begins a new sequence; a cache object of an earlier one is refused."""
-        with self.session.request.alone():
+        with self.session.request.turns.taken():
             self.session.renew(self.compiled.create_request())
         # The plugin lets go of the memory of a request that is gone when it runs another.
         self.compiled.warm_up()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +11,9 @@ from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.kv_cache import KVCache
 from chatglm_ov.models import architecture
+from chatglm_ov.processors import THREADS
 from chatglm_ov.trained_prefix import TrainedPrefix
+from chatglm_ov.turns import Turns
 
 
 @dataclass
@@ -26,6 +25,8 @@ class Request:
     cache: KVCache
     trained_prefix: TrainedPrefix | None = None
     """Columns before every sequence, which nobody counts but the cache."""
+    turns: Turns = field(default_factory=Turns)
+    """Each call is a turn; for several in a row a thread takes it before."""
     past_length: int = field(default=0, init=False)
     """Columns in the cache, padding included."""
     rows: int = field(default=0, init=False)
@@ -38,8 +39,6 @@ class Request:
         self._tensors = {name: self.infer_request.get_tensor(name) for name in self._input_names}
         self._columns = np.ones((0, 0), bool)
         self._prefix = 0
-        self._lock = threading.RLock()
-        self._user: threading.Thread | None = None
         self._has_one_thread = threads_of(self.infer_request.get_compiled_model()) == 1
 
     @property
@@ -49,27 +48,9 @@ class Request:
 
     def reset(self) -> None:
         """Forget the sequence; the next call starts a fresh one and may have another number of rows."""
-        with self.alone():
+        with self.turns.taken():
             self.cache.forget()
             self.past_length = self.rows = 0
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """For several calls in a row: other threads wait for their turn. Raises ChatGLMError where what is at work is a
-        stream that this thread reads, which goes on for as long as nobody closes it."""
-        if not self._lock.acquire(blocking=False):
-            if _reader(self._user) is _reader(threading.current_thread()):
-                wanted = (
-                    "a stream that is read to its end or closed first: "
-                    "OVChatGLMForCausalLM(model.config, model.compiled) is another model over the same weights"
-                )
-                raise ChatGLMError("model", "use", "by a stream that this thread reads", wanted)
-            self._lock.acquire()
-        self._user = threading.current_thread()
-        try:
-            yield
-        finally:
-            self._lock.release()
 
     def truncate(self, past_length: int) -> None:
         """Go back to the first `past_length` columns of every row: the next call goes on from there.
@@ -78,14 +59,14 @@ class Request:
         columns than there are, and for a place inside the first generation's prefix, whose columns have seen each
         other.
         """
-        if not 0 <= past_length <= self.past_length:
-            raise ChatGLMError("truncate", "past_length", past_length, f"0 to {self.past_length}")
-        if 0 < past_length < self._prefix:
-            raise ChatGLMError("truncate", "past_length", past_length, f"0, or {self._prefix} (the prefix) or more")
-        if past_length == 0:
-            self.reset()
-            return
-        with self.alone():
+        with self.turns.taken():
+            if not 0 <= past_length <= self.past_length:
+                raise ChatGLMError("truncate", "past_length", past_length, f"0 to {self.past_length}")
+            if 0 < past_length < self._prefix:
+                raise ChatGLMError("truncate", "past_length", past_length, f"0, or {self._prefix} (the prefix) or more")
+            if past_length == 0:
+                self.reset()
+                return
             if past_length < self.past_length:
                 self.cache.truncate(self._trained + past_length)
             self.past_length, self._columns = past_length, self._columns[:, :past_length]
@@ -116,7 +97,7 @@ class Request:
         }
         if prefix_length is not None:
             inputs["prefix_length"] = np.ascontiguousarray(prefix_length, np.int64)
-        with self.alone():
+        with self.turns.taken():
             return self._inferred(inputs)
 
     def _inferred(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -236,15 +217,9 @@ class Request:
         return restored, value
 
 
-def _reader(thread: threading.Thread | None) -> threading.Thread | None:
-    """The thread that a call is made for: another one where it is a stream's."""
-    return getattr(thread, "reader", thread)
-
-
 def threads_of(compiled: ov.CompiledModel) -> int | None:
     """Threads of an inference; None on a device that does not tell."""
-    name = "INFERENCE_NUM_THREADS"
-    return compiled.get_property(name) if name in compiled.get_property("SUPPORTED_PROPERTIES") else None
+    return compiled.get_property(THREADS) if THREADS in compiled.get_property("SUPPORTED_PROPERTIES") else None
 
 
 def _check_range(name: str, values: np.ndarray, end: int | None, kind: str, why: str = "") -> None:

@@ -296,7 +296,8 @@ def test_a_pipeline_takes_the_model_without_a_warning(case, caplog):
         pipeline("text-generation", model=case.model, tokenizer=case.tokenizer)
     finally:
         base.removeHandler(caplog.handler)
-    assert {record.message for record in caplog.records if record.levelno >= logging.WARNING} == {"told"}
+    told = {record.message for record in caplog.records}
+    assert "told" in told and not any("not supported" in message for message in told)
 
 
 def test_a_pipeline_goes_on_with_an_answer(case):

@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import copy
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ import torch
 from golden_sets import GOLDENS, cases, model_inputs, open_either_model, open_model  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from chatglm_ov import ChatGLMError
 from chatglm_ov.generation import inputs
@@ -237,69 +234,6 @@ def test_an_interrupted_call_is_forgotten(open_model, ops, monkeypatch):
         model(ids[:, 9:], past_key_values=handle)
     assert torch.equal(greedy(model, ids, reuse_cache=True), wanted)
     assert model.reused_tokens == 0
-
-
-def test_a_second_thread_waits_for_its_turn(open_model):
-    model, ids = v2(open_model)
-    wanted, tokens = model(ids).logits, greedy(model, ids)
-    results: dict[str, torch.Tensor] = {}
-    new = tokens.shape[1] - ids.shape[1]
-    uses = {
-        "forward": lambda: model(ids).logits,
-        "generate": lambda: greedy(model, ids),
-        "stream": lambda: torch.tensor([list(stream_tokens(model, ids, max_new_tokens=new, do_sample=False))]),
-    }
-    threads = [threading.Thread(target=lambda name=name: results.update({name: uses[name]()})) for name in uses]
-    with model.session.request.alone():
-        for thread in threads:
-            thread.start()
-        time.sleep(0.2)
-        # Ours is not disturbed.
-        assert torch.equal(model(ids).logits, wanted) and not results
-    for thread in threads:
-        thread.join()
-    assert torch.equal(results["forward"], wanted) and torch.equal(results["generate"], tokens)
-    assert torch.equal(results["stream"], tokens[:, ids.shape[1] :])
-
-
-def test_one_generation_at_a_time(open_model):
-    """Another one waits, between the steps of this one too; and what either set is gone with it."""
-    model, ids = v2(open_model)
-    wanted, threads, others, told = greedy(model, ids), [], [], []
-
-    class Meanwhile(StoppingCriteria):
-        def __call__(self, input_ids, scores, **kwargs):
-            thread = threading.Thread(target=lambda: others.append(greedy(model, ids)))
-            thread.start()
-            threads.append(thread)
-            assert not others
-            return torch.zeros(len(input_ids), dtype=torch.bool)
-
-    progress = {"prompt_progress": lambda *at: told.append(at)}
-    output = greedy(model, ids, stopping_criteria=StoppingCriteriaList([Meanwhile()]), **progress)
-    for thread in threads:
-        thread.join()
-    assert torch.equal(output, wanted) and len(others) == wanted.shape[1] - ids.shape[1]
-    assert all(torch.equal(other, wanted) for other in others)
-    assert told == [(ids.shape[1], ids.shape[1])] and model.prompt_progress is None
-
-
-def test_the_reader_of_an_open_stream_is_told(open_model):
-    """It would wait for tokens that nobody reads; other threads wait for the end of the stream."""
-    model, ids = v2(open_model)
-    wanted, others = greedy(model, ids), []
-    stream = stream_tokens(model, ids, max_new_tokens=400, do_sample=False, eos_token_id=-1)
-    first = next(stream)
-    uses = (lambda: greedy(model, ids), lambda: model(ids), lambda: list(stream_tokens(model, ids)))
-    for use in (*uses, lambda: model.session.request.reset()):
-        with pytest.raises(ChatGLMError, match="model: use is by a stream that this thread reads"):
-            use()
-    other = threading.Thread(target=lambda: others.append(greedy(model, ids)))
-    other.start()
-    stream.close()
-    other.join()
-    assert first == wanted[0, ids.shape[1]] and torch.equal(others[0], wanted)
-    assert torch.equal(greedy(model, ids), wanted)
 
 
 def test_a_stream_is_closed_between_pieces_of_its_prompt(open_model, monkeypatch):

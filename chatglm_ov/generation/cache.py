@@ -114,7 +114,9 @@ class Session:
         self._columns = Columns.none(0, None)
 
     def renew(self, request: Any) -> None:
-        """Go on in another request, whose cache is empty. Every handle given out before is stale."""
+        """Go on in another request, whose cache is empty. Every handle given out before is stale; who waits for a turn
+        waits for the other one's."""
+        request.turns = self.request.turns
         self.request = request
         self.epoch += 1
         self._columns = Columns.none(0, None)
@@ -198,12 +200,13 @@ class StateCache(Cache):
     def crop(self, max_length: int) -> None:
         """Go back to the first `max_length` columns; a negative number takes so many away. The next call goes on from
         there. 0 is what it is in the installed transformers: no columns stay, or none go."""
-        columns = self.get_seq_length()
-        if max_length == 0 and not _CROPS_BY_SIZE:
-            return
-        kept = columns + max_length if max_length < 0 else min(max_length, columns)
-        self._session.request.truncate(kept)
-        self.columns.crop(kept)
+        with self._session.request.turns.taken():
+            columns = self.get_seq_length()
+            if max_length == 0 and not _CROPS_BY_SIZE:
+                return
+            kept = columns + max_length if max_length < 0 else min(max_length, columns)
+            self._session.request.truncate(kept)
+            self.columns.crop(kept)
 
     # What transformers asks of a cache
 

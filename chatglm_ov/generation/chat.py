@@ -64,13 +64,19 @@ class ChatMixin:
         settings = _settings(chat, tokenizer, len(ids), {**options, "eos_token_id": stops}, self.config)
         ends = StopStrings(options.get("stop_strings"), chat.split)
 
+        handles: list[StateCache] = []
+
+        def keep_handle() -> None:
+            handles[:] = [self.session.latest()]
+
         def told_so_far(answer: str) -> tuple[Any, ...]:
             item = chat.process_response(answer, query, history, role)
-            return (*item, self.session.latest()) if return_past_key_values else item
+            return (*item, *handles) if return_past_key_values else item
 
         def answers() -> Iterator[tuple[Any, ...]]:
             text, told = "", None
-            with closing(stream_tokens(self, torch.tensor([ids]), **settings)) as tokens:  # type: ignore[type-var]
+            made = stream_tokens(self, torch.tensor([ids]), on_token=keep_handle, **settings)
+            with closing(made) as tokens:  # type: ignore[type-var]
                 for token in tokens:
                     text += "" if token in stops else stream.put(token)
                     certain = ends.certain(chat.certain(text))

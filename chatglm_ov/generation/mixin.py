@@ -7,6 +7,7 @@ cache of their own, and none knows positions in two rows.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,9 +76,13 @@ class StatefulGenerationMixin(GenerationMixin):
         cache = _not_empty(one_cache(kwargs))
         kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
         kwargs |= {} if cache is None else {CACHE_NAME: cache}
-        check_assistant(self, kwargs.get("assistant_model"))
-        # To the end: between two steps another thread would take the sequence, and what this call has set, away.
-        with self.session.request.alone():
+        assistant = kwargs.get("assistant_model")
+        check_assistant(self, assistant)
+        with ExitStack() as stack:
+            # To the end: between two steps another thread would take the sequence, and what this call has set, away. In
+            # one order for all: two models may be each other's assistants.
+            for model in sorted([self] if assistant is None else [self, assistant], key=id):
+                stack.enter_context(model.session.request.turns.taken())
             return self._generated(ids, generation_config, args, kwargs)
 
     def _generated(self, ids: Any, config: GenerationConfig | None, args: tuple, kwargs: dict[str, Any]) -> Any:

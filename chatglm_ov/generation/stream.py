@@ -12,6 +12,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.turns import Helper
 
 
 class _Closed(Exception):
@@ -21,7 +22,8 @@ class _Closed(Exception):
 class _Tokens(BaseStreamer):
     """Hands tokens from the thread that makes them to the one that reads them; an exception at the end, or None."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_token: Callable[[], None] = lambda: None):
+        self._on_token = on_token
         self.queue: SimpleQueue[int | BaseException | None] = SimpleQueue()
         self.closed = threading.Event()
         self.reader = threading.current_thread()
@@ -37,6 +39,7 @@ class _Tokens(BaseStreamer):
     def put(self, value: torch.Tensor) -> None:
         self.check_wanted()
         if self._prompt_seen:
+            self._on_token()
             for token in value.flatten().tolist():
                 self.queue.put(token)
         self._prompt_seen = True
@@ -67,7 +70,7 @@ class _Tokens(BaseStreamer):
             self.queue.put(None)
 
 
-class _Maker(threading.Thread):
+class _Maker(Helper):
     """Makes the tokens that another thread reads."""
 
     def __init__(self, tokens: _Tokens, model: Any, input_ids: torch.Tensor, options: dict[str, Any]):
@@ -76,20 +79,25 @@ class _Maker(threading.Thread):
         self._tokens = tokens
 
     @property
-    def reader(self) -> threading.Thread:
+    def asked_by(self) -> threading.Thread:  # type: ignore[override]
         return self._tokens.reader
 
+    def check_wanted(self) -> None:
+        self._tokens.check_wanted()
 
-def stream_tokens(model: Any, input_ids: torch.Tensor, **options: Any) -> Iterator[int]:
+
+def stream_tokens(
+    model: Any, input_ids: torch.Tensor, *, on_token: Callable[[], None] = lambda: None, **options: Any
+) -> Iterator[int]:
     """New tokens of `model.generate(input_ids, **options)` as soon as each is chosen; `input_ids` int64 [1, L].
 
-    Generation runs in a thread of its own. Closing the iterator ends it after the token in the making. What
-    generate() raises is raised here.
+    Generation runs in a thread of its own, which calls `on_token` when it has one, while the model is its. Closing the
+    iterator ends it after the token in the making. What generate() raises is raised here.
     """
     rows = len(input_ids) * (options.get("num_return_sequences") or 1)
     if rows != 1:
         raise ChatGLMError("stream", "sequences", rows, "1: the tokens of several would be one stream")
-    tokens = _Tokens()
+    tokens = _Tokens(on_token)
     thread = _Maker(tokens, model, input_ids, options)
     thread.start()
     try:
