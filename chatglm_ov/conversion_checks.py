@@ -39,8 +39,7 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        formats = "--add for other formats, " if is_converted(target) else ""
-        raise ChatGLMError(target, "output", "not empty", f"a new or empty folder, {formats}or --overwrite")
+        raise ChatGLMError(target, "output", "not empty", "a new or empty folder, or --overwrite")
     if (target / "config.json").exists() and not is_converted(target):
         raise ChatGLMError(target, "output", "a folder of another model", "a converted folder, or another place")
     if is_converted(target) and target.resolve() in (Path.cwd(), *Path.cwd().parents):

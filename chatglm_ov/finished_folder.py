@@ -32,19 +32,28 @@ def finished_or_nothing(target: Path, overwrite: bool, replace: bool = True) -> 
     """A folder beside `target` that takes its name on success and vanishes on any error. overwrite: `target` may be
     there and not empty; replace: it is removed then, with all that is in it, else it stays, with what is not written
     anew. Raises ChatGLMError for what the file system refuses."""
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target)
-        partial.mkdir()
-        yield partial
-        _put_in_place(partial, target, overwrite, replace)
+        with folder_beside(target) as partial:
+            yield partial
+            _put_in_place(partial, target, overwrite, replace)
     except OSError as error:
         raise ChatGLMError(
             target, "output", f"not writable ({error.strerror or error})", "a folder on a disk with room"
         ) from error
+
+
+@contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A new folder that is removed at the end, or, where this process is killed before, with the next one that is made
+    for `target`."""
+    remove_leftovers(target)
+    folder = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    folder.mkdir()
+    try:
+        yield folder
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put_in_place(partial: Path, target: Path, overwrite: bool, replace: bool) -> None:

@@ -10,6 +10,7 @@ import openvino as ov
 
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.huge_pages import advise_huge_pages
 from chatglm_ov.native import check_forced_level, library_path, native, unavailable
 from chatglm_ov.unpacked_ir import unpacked_ir
 from chatglm_ov.weights.ir import FORMAT_VERSION, WEIGHTS_NAME, read_description
@@ -32,20 +33,25 @@ def _core_with_operations() -> ov.Core:
 def runnable_ir(path: Path, config: ArchitectureConfig, weight_format: str) -> ov.Model:
     """The graph in `path` as `read_ir` gives it, but fused operations that cannot run here, for want of the native
     library, are made stock ones; a warning says so."""
-    described = _described(path)
-    reason = unavailable()
+    described, reason = described_ir(path), unavailable()
     if reason is None or described.get("ops") != "fused":
-        return read_ir(path)
+        return _advised(path)
     check_forced_level()
     _check_version(path, "packing_version", described, UNPACKED_VERSION)
     with unpacked_ir(path, config, weight_format, reason) as unpacked:
-        return read_ir(unpacked)
+        return _advised(unpacked)
+
+
+def _advised(path: Path) -> ov.Model:
+    model = read_ir(path)
+    advise_huge_pages(model, path.with_name(WEIGHTS_NAME).stat().st_size)
+    return model
 
 
 def read_ir(path: Path) -> ov.Model:
     """The graph in `path`, an openvino_model.xml, over its mapped weights. Raises ChatGLMError if it is damaged, of
     another version, or made of operations that cannot run here."""
-    reader = _core_for(path, _described(path))
+    reader = _core_for(path, described_ir(path))
     try:
         model = reader.read_model(path)
     except RuntimeError as error:
@@ -56,8 +62,9 @@ def read_ir(path: Path) -> ov.Model:
     return model
 
 
-def _described(path: Path) -> dict[str, str]:
-    """What an IR of our own version tells about itself."""
+def described_ir(path: Path) -> dict[str, str]:
+    """What an IR tells about itself. Raises ChatGLMError where it is damaged, without its weights or of another
+    version."""
     weights = path.with_name(WEIGHTS_NAME)
     if not weights.exists():
         raise ChatGLMError(weights, "file", "missing", "the weights beside the IR")

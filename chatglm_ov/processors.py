@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import openvino as ov
 import openvino.opset15 as ops
@@ -48,11 +49,14 @@ def quota_threads(root: Path = Path("/")) -> int | None:
     return None if quota is None else max(1, int(quota + 0.5))
 
 
-def thread_limit(core: ov.Core, root: Path = Path("/")) -> dict[str, int]:
-    """A property for the compilation of models on the CPU, where the quota is for fewer threads than OpenVINO takes;
+def thread_limit(core: ov.Core, root: Path = Path("/")) -> dict[str, Any]:
+    """Properties for the compilation of models on the CPU, where the quota is for fewer threads than OpenVINO takes;
     else none."""
     threads = quota_threads(root)
-    return {} if threads is None or threads >= _default_threads(core) else {THREADS: threads}
+    if threads is None or threads >= _default_threads(core):
+        return {}
+    # Pinned, the threads of every process are on the first processors: two containers would share one.
+    return {THREADS: threads, "ENABLE_CPU_PINNING": False}
 
 
 @cache

@@ -18,7 +18,6 @@ from chatglm_ov.chains import chain_operations
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.fuse_norms import fuse_norms, fuse_residuals
-from chatglm_ov.huge_pages import advise_huge_pages
 from chatglm_ov.ir_reading import core, last_line, runnable_ir
 from chatglm_ov.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, KVCache, PluginCache
 from chatglm_ov.last_rows import add_logits_to_keep, take_last_rows_early
@@ -26,7 +25,7 @@ from chatglm_ov.models import architecture
 from chatglm_ov.processors import thread_limit
 from chatglm_ov.request import Request
 from chatglm_ov.trained_prefix import TrainedPrefix
-from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, UNPACKED, WEIGHTS_NAME
+from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, UNPACKED
 
 PRECISIONS = ("f32", "bf16", "f16")
 KV_CACHE_FORMATS = tuple(ELEMENT_TYPES)
@@ -104,7 +103,6 @@ def load_model(
     if model.has_rt_info([RT_INFO, UNPACKED]):
         # A setting of fused operations, for speed: what runs in their place is exact to 16 bits or more.
         settings = replace(settings, activation_bits=16)
-    advise_huge_pages(model, path.with_name(WEIGHTS_NAME).stat().st_size)
     own = _fused_properties if ops == "fused" else _stock_properties
     try:
         ours = own(model, settings, device)

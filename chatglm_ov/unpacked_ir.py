@@ -16,7 +16,7 @@ from tqdm import tqdm
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.conversion import write_graph
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.finished_folder import check_disk
+from chatglm_ov.finished_folder import check_disk, folder_beside
 from chatglm_ov.models import graph_shapes
 from chatglm_ov.sizes import size
 from chatglm_ov.weights.file import WeightsFile
@@ -63,10 +63,12 @@ def _progress_bar(nbytes: int) -> Iterator[Progress]:
 
 @contextmanager
 def _temporary_folder() -> Iterator[Path]:
-    # Windows does not remove what is mapped.
-    with tempfile.TemporaryDirectory(prefix="chatglm-ov-", ignore_cleanup_errors=True) as folder:
-        try:
-            yield Path(folder)
-        except OSError as error:
-            seen = f"not writable ({error.strerror or error})"
-            raise ChatGLMError(folder, "temporary folder", seen, "a disk with room: TMPDIR can name another") from error
+    """What Windows does not remove, since it is mapped, goes with the next one."""
+    where = "temporary folder"
+    try:
+        where = tempfile.gettempdir()
+        with folder_beside(Path(where) / "chatglm-ov-unpacked") as folder:
+            yield folder
+    except OSError as error:
+        seen = f"not writable ({error.strerror or error})"
+        raise ChatGLMError(where, "temporary files", seen, "a disk with room: TMPDIR can name another") from error

@@ -91,7 +91,8 @@ def test_threads_of_a_large_machine(
     monkeypatch.setattr(processors, "_default_threads", lambda core: 64)
     in_groups(tmp_path, "0::/\n")
     version_2(tmp_path / "sys/fs/cgroup", f"{round(quota * 100_000)} 100000")
-    assert thread_limit(CORE, tmp_path) == ({} if threads is None else {THREADS: threads})
+    limited = {THREADS: threads, "ENABLE_CPU_PINNING": False}
+    assert thread_limit(CORE, tmp_path) == ({} if threads is None else limited)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,7 @@ def test_a_model_keeps_within_the_quota(folder: Path, monkeypatch: pytest.Monkey
         pytest.skip("one processor has one thread")
     monkeypatch.setattr(processors, "processor_quota", lambda root: 1.2)
     assert threads_of(folder) == 1
+    assert not load_model(folder).compiled.get_property("ENABLE_CPU_PINNING")
     # Whoever names a number wants that one.
     assert threads_of(folder, properties={THREADS: 2}) == 2
 

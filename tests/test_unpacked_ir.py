@@ -11,10 +11,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from command_line import PROGRAM, Outcome, finish, make_checkpoint, spawn
+from conversions import dead_process
 from glm_models import EDGE, reference, saved
 from golden_cases import V2, each_small, own_prompt
 from golden_sets import ROOTS, without_library
@@ -166,6 +168,22 @@ def test_info(folders: dict[str, Path]):
     size = sum(file.stat().st_size for file in (folders["fused"] / "int8").iterdir())
     assert f"{size / 1e6:.2f} MB, fused ops, 4 states" in " ".join(int8) and "13 FullyConnected" in " ".join(int8)
     assert any(line[:2] == ["runs", "with"] and "arithmetic," in line for line in found)
+    # Nothing is unpacked for it.
+    assert info.err == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda xml: os.truncate(xml, 5000), "IR is unreadable"),
+        (lambda xml: xml.with_suffix(".bin").unlink(), "openvino_model.bin: file is missing"),
+    ],
+)
+def test_info_of_damaged_formats(damage: Callable[[Path], object], told: str, folders: dict[str, Path], tmp_path: Path):
+    """Of one that is not the default, too."""
+    folder = Path(shutil.copytree(folders["fused"], tmp_path / "folder"))
+    damage(folder / "bf16" / "openvino_model.xml")
+    assert told in in_a_process_without(*PROGRAM, "info", folder).error
 
 
 # Refusals
@@ -175,6 +193,15 @@ def change(xml: Path, old: str, new: str) -> None:
     text = xml.read_text(encoding="utf-8")
     assert old in text
     xml.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def without_scales_of_the_embedding(xml: Path) -> None:
+    tree = ElementTree.parse(xml)
+    (embedding,) = (layer.get("id") for layer in tree.iter("layer") if layer.get("type") == "EmbeddingRows")
+    edges = tree.getroot().find("edges")
+    (edge,) = (edge for edge in edges if (edge.get("to-layer"), edge.get("to-port")) == (embedding, "2"))
+    edges.remove(edge)
+    tree.write(xml)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -192,6 +219,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another format": (lambda xml: change(xml, 'format="int8"', 'format="int7"'), "IR is damaged"),
     "no attribute": (lambda xml: change(xml, "y_features", "z_features"), "IR is damaged"),
+    "no file of weights": (
+        lambda xml: [xml.with_suffix(".bin").unlink(), xml.with_suffix(".bin").mkdir()],
+        "IR is damaged",
+    ),
+    "no groups": (lambda xml: change(xml, 'format="int8"', 'format="int4"'), "IR is damaged"),
+    "a part of a weight": (without_scales_of_the_embedding, "IR is damaged"),
     "another operation": (lambda xml: change(xml, 'type="Norm"', 'type="Form"'), "input_layernorm.weight is missing"),
 }
 
@@ -222,6 +255,25 @@ def test_no_room_for_temporary_files(folders: dict[str, Path], temporary: Path, 
     monkeypatch.setattr(PagedFile, "flush", full)
     with pytest.raises(ChatGLMError, match=r"not writable \(No space left on device\), expected .* TMPDIR"):
         load_model(folders["fused"], "int8")
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_library")
+def test_no_place_for_temporary_files(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    def nowhere() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    with pytest.raises(ChatGLMError, match=r"not writable \(No usable temporary directory .*\), expected .* TMPDIR"):
+        load_model(folders["fused"], "int8")
+
+
+@pytest.mark.usefixtures("no_library")
+def test_what_a_killed_one_leaves_goes_with_the_next(folders: dict[str, Path], temporary: Path):
+    left = temporary / f".chatglm-ov-unpacked.partial-{dead_process()}-0123abcd"
+    left.mkdir()
+    (left / "openvino_model.bin").write_bytes(b"weights")
+    load_model(folders["fused"], "int8")
     assert list(temporary.iterdir()) == []
 
 

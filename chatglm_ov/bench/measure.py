@@ -25,6 +25,7 @@ from chatglm_ov.ir_reading import read_ir
 from chatglm_ov.memory import give_back, memory
 from chatglm_ov.models import architecture
 from chatglm_ov.native import unavailable
+from chatglm_ov.processors import THREADS
 from chatglm_ov.runtime import CompiledModel, Request, load_model
 from chatglm_ov.weights.ir import IR_NAME
 
@@ -95,7 +96,7 @@ class Variant:
         return ", ".join(parts)
 
     def load(self, folder: Path, threads: int | None) -> CompiledModel:
-        properties: dict[str, Any] = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+        properties: dict[str, Any] = {} if threads is None else {THREADS: threads}
         # As a property the hint changes nothing else: no quantization of activations is switched off for f32.
         properties |= {} if self.hint is None else {"INFERENCE_PRECISION_HINT": self.hint}
         options: dict[str, Any] = {}

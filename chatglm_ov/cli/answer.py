@@ -24,6 +24,7 @@ from chatglm_ov.generation.stop_strings import StopStrings
 from chatglm_ov.generation.timing import Stopwatch, Timing
 from chatglm_ov.modeling import OVChatGLMForCausalLM
 from chatglm_ov.native import native, unavailable
+from chatglm_ov.processors import THREADS
 from chatglm_ov.tokenizer import TextStream, load_tokenizer
 
 DEFAULT_NEW_TOKENS = 512
@@ -62,7 +63,7 @@ def running(model: Any) -> str:
     else:
         faster = unavailable() is None and "CPU" in compiled.compiled.get_property("EXECUTION_DEVICES")
         operations = "stock operations" + ", though fused ones can run here: convert without --ops stock" * faster
-    threads = compiled.compiled.get_property("INFERENCE_NUM_THREADS")
+    threads = compiled.compiled.get_property(THREADS)
     return f"{compiled.weight_format}, {compiled.kv_cache_format} cache, {threads} threads, {operations}"
 
 

@@ -9,20 +9,22 @@ from typing import Any
 
 import openvino as ov
 
+from chatglm_ov.cli.machine import kernel_in_use
 from chatglm_ov.cli.parts import weight_parts
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
-from chatglm_ov.ir_reading import read_ir
+from chatglm_ov.ir_reading import described_ir, read_ir
 from chatglm_ov.model_weights import model_weights
 from chatglm_ov.models import architecture
 from chatglm_ov.native import native, unavailable
 from chatglm_ov.plan import make_plan
 from chatglm_ov.prequantized import open_checkpoint
 from chatglm_ov.presets import PRESETS, config_json
-from chatglm_ov.runtime import default_weight_format, load_model, weight_formats
+from chatglm_ov.processors import THREADS
+from chatglm_ov.runtime import Settings, default_weight_format, load_model, weight_formats
 from chatglm_ov.tokenizer import detect_family
 from chatglm_ov.weights.formats import FORMATS
 from chatglm_ov.weights.graph_file import GraphFile
-from chatglm_ov.weights.ir import IR_NAME, RT_INFO, WEIGHTS_NAME, read_description
+from chatglm_ov.weights.ir import IR_NAME, RT_INFO, WEIGHTS_NAME
 
 TOKENIZER_FILES = ("ice_text.model", "tokenizer.model", "tokenizer.json")
 _NOT_SHAPE = {
@@ -44,7 +46,7 @@ def folder(path: Path) -> dict[str, Any]:
         "kind": "converted" if converted else "checkpoint",
         **_model(config),
         "tokenizer": _tokenizer(path),
-        **(_converted(path) if converted else _checkpoint(path, fields, config)),
+        **(_converted(path, config) if converted else _checkpoint(path, fields, config)),
     }
 
 
@@ -95,25 +97,39 @@ def _checkpoint(path: Path, fields: dict[str, Any], config: ArchitectureConfig) 
         return {"weight_files": len({weights[name].file for name in weights.names}), "stored": stored, "sizes": sizes}
 
 
-def _converted(path: Path) -> dict[str, Any]:
+def _converted(path: Path, config: ArchitectureConfig) -> dict[str, Any]:
     """Each weight format's files and graph, and the settings with which the default one is compiled here."""
-    chosen = load_model(path, default_weight_format(path))
-    default = {
-        "weight_format": chosen.weight_format,
-        "ops": chosen.ops,
-        "kv_cache_type": chosen.kv_cache_format,
-        "threads": chosen.compiled.get_property("INFERENCE_NUM_THREADS"),
-    }
-    if chosen.ops == "fused":
-        default["level"] = native().isa()
-    else:
-        default["inference_precision"] = chosen.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-    found = {name: _ir(path / name / IR_NAME, chosen.config) for name in weight_formats(path)}
+    name = default_weight_format(path)
+    default = _unpacked(name) if _is_unpacked(path / name / IR_NAME) else _compiled(path, name)
+    found = {name: _ir(path / name / IR_NAME, config) for name in weight_formats(path)}
     return {"weight_formats": found, "default": default}
 
 
+def _is_unpacked(xml: Path) -> bool:
+    """Whether its fused operations are made stock ones when it is loaded here: for a look at it that would be much."""
+    return unavailable() is not None and described_ir(xml).get("ops") == "fused"
+
+
+def _compiled(path: Path, weight_format: str) -> dict[str, Any]:
+    chosen = load_model(path, weight_format)
+    used = {
+        "weight_format": chosen.weight_format,
+        "ops": chosen.ops,
+        "kv_cache_type": chosen.kv_cache_format,
+        "threads": chosen.compiled.get_property(THREADS),
+    }
+    if chosen.ops == "fused":
+        return {**used, "level": native().isa()}
+    return {**used, "inference_precision": chosen.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()}
+
+
+def _unpacked(weight_format: str) -> dict[str, Any]:
+    used = {name: value for name, value in kernel_in_use(None).items() if name in ("threads", "inference_precision")}
+    return {"weight_format": weight_format, "ops": "stock", "kv_cache_type": Settings().cache_format, **used}
+
+
 def _ir(xml: Path, config: ArchitectureConfig) -> dict[str, Any]:
-    if unavailable() and read_description(xml).get("ops") == "fused":
+    if _is_unpacked(xml):
         return _unknown_ir(xml)
     model = read_ir(xml)
     types = Counter(node.get_type_name() for node in model.get_ops())
@@ -131,7 +147,7 @@ def _ir(xml: Path, config: ArchitectureConfig) -> dict[str, Any]:
 
 def _unknown_ir(xml: Path) -> dict[str, Any]:
     """The same of a graph that OpenVINO does not read here: what its weights are is left out."""
-    described, layers = read_description(xml), GraphFile(xml).layers.values()
+    described, layers = described_ir(xml), GraphFile(xml).layers.values()
     types = Counter("Constant" if layer.kind == "Const" else layer.kind for layer in layers)
     return {
         "calibration": described.get("calibration"),

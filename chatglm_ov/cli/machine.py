@@ -15,7 +15,7 @@ import psutil
 from chatglm_ov.ir_reading import core
 from chatglm_ov.memory import available
 from chatglm_ov.native import library_path, native, unavailable
-from chatglm_ov.processors import processor_quota, thread_limit
+from chatglm_ov.processors import THREADS, processor_quota, thread_limit
 
 ISA_FLAGS = {
     "AVX2": ("avx2", "fma"),
@@ -62,7 +62,7 @@ def kernel_in_use(precision: str | None) -> dict[str, Any]:
         "inference_precision": compiled.get_property("INFERENCE_PRECISION_HINT").to_string(),
         "kernel": kernel,
         "isa": isa_of_kernel(kernel),
-        "threads": compiled.get_property("INFERENCE_NUM_THREADS"),
+        "threads": compiled.get_property(THREADS),
     }
 
 

@@ -32,8 +32,8 @@ class Layer:
 
 
 class GraphFile:
-    """The layers of a graph by their ids. Raises ChatGLMError for an XML that is none, and for an empty file of
-    weights."""
+    """The layers of a graph by their ids. Raises ChatGLMError for an XML that is none, and for weights that cannot be
+    read or are none."""
 
     def __init__(self, xml_path: Path):
         self.path = xml_path
@@ -41,7 +41,7 @@ class GraphFile:
             root = ElementTree.parse(xml_path).getroot()
             self.layers = _layers(root)
             self._weights = np.memmap(xml_path.with_name(WEIGHTS_NAME), np.uint8, mode="r")
-        except (ElementTree.ParseError, KeyError, ValueError) as error:
+        except (ElementTree.ParseError, KeyError, ValueError, OSError) as error:
             raise self.damaged(str(error)) from error
 
     def damaged(self, why: str) -> ChatGLMError:

@@ -53,7 +53,7 @@ class PackedWeights(Checkpoint):
                 continue
             try:
                 readers[layer.kind](layer)
-            except (KeyError, IndexError, ValueError) as error:
+            except (LookupError, ArithmeticError, ValueError) as error:
                 raise graph.damaged(f"{layer.name}: {error}") from error
 
     def close(self) -> None:
@@ -80,6 +80,8 @@ class PackedWeights(Checkpoint):
         weight, *others = (self._read(layer, port) for port in range(1, len(layer.inputs)))
         arrays = tuple(self._graph.constant(each) for each in (weight, *others))
         fmt = FORMATS[_ROW_FORMATS[weight.attributes["element_type"]]]
+        if len(arrays) != len(fmt.parts(1)):
+            raise ValueError(f"{len(arrays)} parts of a weight in {fmt.name}")
         self._add_matrix(weight.name, arrays[0].shape, fmt, lambda rows: tuple(np.array(each[rows]) for each in arrays))
 
     def _add_norm(self, layer: Layer) -> None:
