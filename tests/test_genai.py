@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -17,6 +16,7 @@ from golden_cases import V1, V2
 
 from chatglm_ov import OVChatGLMForCausalLM, convert
 from chatglm_ov.last_rows import add_logits_to_keep
+from chatglm_ov.weights.choices import FormatChoices
 from chatglm_ov.weights.ir import IR_NAME
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
@@ -34,14 +34,17 @@ PROMPT = [[5, 6, 7, 8, 9, 10, 11, 25, 42]]
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @cache
     def convert_once(name: str) -> Path:
-        made = tmp_path_factory.mktemp("genai")
-        return convert(MODELS[name](made / "checkpoint"), made / "ov", ("f32",), "stock", progress=False)
+        made, formats = tmp_path_factory.mktemp("genai"), ("f32", "bf16", "int8", "int4")
+        choices = FormatChoices(group_size=32, lm_head_format="int4") if "tied" in name else FormatChoices()
+        return convert(
+            MODELS[name](made / "checkpoint"), made / "ov", formats, "stock", choices=choices, progress=False
+        )
 
     return convert_once
 
 
-def pipeline(folder: Path, backend: str, **properties: Any) -> genai.LLMPipeline:
-    return genai.LLMPipeline(folder / "f32", "CPU", ATTENTION_BACKEND=backend, **F32, **properties)
+def pipeline(folder: Path, backend: str, weight_format: str = "f32") -> genai.LLMPipeline:
+    return genai.LLMPipeline(folder / weight_format, "CPU", ATTENTION_BACKEND=backend, **F32)
 
 
 def settings(count: int) -> genai.GenerationConfig:
@@ -53,13 +56,16 @@ def settings(count: int) -> genai.GenerationConfig:
 
 
 @pytest.mark.parametrize("backend", ["SDPA", "PA"])
+@pytest.mark.parametrize("weight_format", ["f32", "bf16", "int8", "int4"])
 @each_model
-def test_tokens_are_those_of_generate(name: str, backend: str, folder_of: Callable[[str], Path]) -> None:
-    """Greedy, in f32: 24 tokens, so that what is in the cache is read as well."""
+def test_tokens_are_those_of_generate(
+    name: str, weight_format: str, backend: str, folder_of: Callable[[str], Path]
+) -> None:
+    """Greedy, in f32: 24 tokens, so that what is in the cache is read as well. The tied table is int4 with int4."""
     folder = folder_of(name)
-    model = OVChatGLMForCausalLM.from_pretrained(folder, inference_precision="f32")
+    model = OVChatGLMForCausalLM.from_pretrained(folder, weight_format, "f32")
     wanted = model.generate(torch.tensor(PROMPT), max_new_tokens=24, do_sample=False, eos_token_id=-1)
-    found = pipeline(folder, backend).generate(ov.Tensor(np.array(PROMPT)), settings(24))
+    found = pipeline(folder, backend, weight_format).generate(ov.Tensor(np.array(PROMPT)), settings(24))
     assert found.tokens == wanted[:, len(PROMPT[0]) :].tolist()
 
 
