@@ -1,4 +1,6 @@
-"""The tokenizers as Hugging Face tokenizers: tensors, padding, saving, pickling, added tokens, chat templates."""
+"""The tokenizers as Hugging Face tokenizers: tensors, padding, saving, pickling, added tokens."""
+
+# ruff: noqa: F811 (fixtures are imported)
 
 from __future__ import annotations
 
@@ -12,29 +14,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from tokenizer_cases import DATA, small_folder, tokenizer_of
+from tokenizer_cases import small_folder, tokenizer_of
+from tokenizer_families import SENTENCES, families, folders, tokenizers  # noqa: F401
 
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.tokenizer import load_tokenizer
-from chatglm_ov.tokenizer.sentencepiece_model import _varint
 
 pytestmark = pytest.mark.transformers_matrix
-
-FAMILIES = ("chatglm", "chatglm2", "chatglm3", "glm4")
-SENTENCES = ["你好，世界👋", "床前⟨新⟩ 光", "床前明月光", "def f(x):\n    return x\t# 1", "<|user|> [MASK] <eop>", ""]
-
-families = pytest.mark.parametrize("family", FAMILIES)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    small = {family: small_folder(tmp_path_factory.mktemp(family), family) for family in FAMILIES[1:3]}
-    return small | {"chatglm": DATA / "tokenizer_v1", "glm4": DATA / "tokenizer_glm4"}
-
-
-@pytest.fixture(scope="module")
-def tokenizers(folders):
-    return {family: load_tokenizer(folder) for family, folder in folders.items()}
 
 
 @families
@@ -316,181 +302,6 @@ def test_glm4_takes_a_million_blanks():
     """tiktoken alone panics there."""
     tokenizer, text = tokenizer_of("glm4"), "a" + " " * 1_200_000 + "b"
     assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
-
-
-# ---- early ChatGLM-6B
-
-
-def without_special_pieces(data: bytes) -> bytes:
-    """The model as it was in March 2023: the last 344 pieces were added at run time."""
-    records, position = [], 0
-    while position < len(data):
-        tag, start = _varint(data, position)
-        length, start = _varint(data, start)
-        records.append((tag >> 3, data[position : start + length]))
-        position = start + length
-    pieces = [record for field, record in records if field == 1]
-    others = b"".join(record for field, record in records if field != 1)
-    fallback = bytes([0x98, 0x02, 1])  # TrainerSpec.byte_fallback = true, which needs the byte pieces
-    assert others.count(fallback) == 1
-    return b"".join(pieces[:-344]) + others.replace(fallback, fallback[:2] + b"\0")
-
-
-@pytest.mark.parametrize("name", ["v1", "v1_real"])
-def test_early_vocabulary(name, tmp_path):
-    """20000 image tokens before the text vocabulary, special pieces that the file lacks, `</s>` called eos_token."""
-    late = tokenizer_of(name)
-    whole = late._model_bytes
-    (tmp_path / "ice_text.model").write_bytes(without_special_pieces(whole))
-    config = {"bos_token": "<sop>", "eos_token": "</s>", "eop_token": "<eop>", "gmask_token": "[gMASK]"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    early = load_tokenizer(tmp_path)
-    assert early.vocab_size == late.vocab_size + 20000
-    assert [early.bos_token_id, early.eos_token_id, early.gmask_token_id, early.mask_token_id, early.pad_token_id] == [
-        20000 + index
-        for index in (late.bos_token_id, late.eos_token_id, late.gmask_token_id, late.mask_token_id, late.pad_token_id)
-    ]
-    for text in [*SENTENCES, "a  b" + " " * 81 + "c 龘𠮷\u3000é", "hello\r\n[MASK] x <sop> y"]:
-        ids = late(text)["input_ids"]
-        assert early(text)["input_ids"] == [index + 20000 for index in ids]
-        if name == "v1_real":  # the small model has its special pieces as ordinary ones, with text
-            assert early.decode([index + 20000 for index in ids]) == late.decode(ids)
-    assert early.convert_tokens_to_ids("<image_7>") == 7 and early.convert_ids_to_tokens(7) == "<image_7>"
-    early.save_pretrained(tmp_path / "again")
-    assert load_tokenizer(tmp_path / "again")(SENTENCES[0]) == early(SENTENCES[0])
-
-
-def test_early_special_ids_of_the_real_vocabulary(tmp_path):
-    shutil.copytree(tokenizer_of("v1_real").vocab_file.rsplit("/", 1)[0], tmp_path, dirs_exist_ok=True)
-    early = load_tokenizer(tmp_path, num_image_tokens=20000)
-    assert early("你好")["input_ids"] == [20005, 94874, 150001, 150004]
-    assert (early.eos_token_id, early.mask_token_id, early.pad_token_id, len(early)) == (150005, 150000, 20003, 150344)
-
-
-@pytest.mark.parametrize(
-    ("config", "count"), [({}, 20000), ({"vocab_size": 150528}, 20000), ({"vocab_size": 130528}, 0)]
-)
-def test_number_of_image_tokens_from_the_model_config(config, count, tmp_path):
-    shutil.copy(DATA / "tokenizer_v1" / "ice_text.model", tmp_path)
-    if config:
-        (tmp_path / "config.json").write_text(json.dumps(config))
-    assert load_tokenizer(tmp_path).num_image_tokens == count
-
-
-# ---- chat templates
-
-
-@families
-def test_what_a_chat_template_returns(tokenizers, family):
-    tokenizer = tokenizers[family]
-    short, long = ([{"role": "user", "content": "床前明月光。" * count}] for count in (1, 3))
-    template = {"add_generation_prompt": True}
-    ids = tokenizer.apply_chat_template(long, return_dict=False, **template)
-    assert isinstance(ids, list) and isinstance(ids[0], int)
-    tensor = tokenizer.apply_chat_template(long, return_dict=False, return_tensors="pt", **template)
-    assert tensor.tolist() == [ids]
-    encoded = tokenizer.apply_chat_template(long, return_dict=True, return_tensors="pt", **template)
-    assert encoded["input_ids"].tolist() == [ids]
-    assert ("attention_mask" in encoded) == (family != "chatglm")
-    both = tokenizer.apply_chat_template([short, long], return_dict=False, **template)
-    assert both[1] == ids and len(both[0]) < len(ids)
-    padded = tokenizer.apply_chat_template(
-        [short, long], padding=True, return_dict=True, return_tensors="pt", **template
-    )
-    missing = len(ids) - len(both[0])
-    assert padded["input_ids"].tolist() == [[tokenizer.pad_token_id] * missing + both[0], ids]
-    assert padded["position_ids"][0, ..., :missing].sum() == 0
-    cut = tokenizer.apply_chat_template(long, return_dict=False, truncation=True, max_length=4, **template)
-    assert cut == ids[:4]
-    shorter = copy.deepcopy(tokenizer)
-    shorter.truncation_side, shorter.model_max_length = "left", 5
-    assert shorter.apply_chat_template(long, return_dict=False, truncation=True, **template) == ids[-5:]
-    assert shorter.apply_chat_template(long, return_dict=False, truncation=True, max_length=4, **template) == ids[-4:]
-    assert shorter.apply_chat_template(long, return_dict=False, **template) == ids
-
-
-@pytest.mark.parametrize("family", ["chatglm3", "glm4"])
-def test_generation_prompt_is_optional(tokenizers, family):
-    tokenizer, message = tokenizers[family], [{"role": "user", "content": "明"}]
-    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-    assert tokenizer.apply_chat_template(message, return_dict=False) == ids[:-1]
-    assert ids[-1] == tokenizer.convert_tokens_to_ids("<|assistant|>")
-
-
-BEGUN = [
-    {"role": "user", "content": "床"},
-    {"role": "assistant", "content": "前"},
-    {"role": "user", "content": "明"},
-    {"role": "assistant", "content": "月光 "},
-]
-
-
-@families
-def test_an_answer_that_goes_on(tokenizers, family):
-    """Nothing stands behind it: not the generation prompt, and not what ends an answer."""
-    tokenizer = tokenizers[family]
-    ids = tokenizer.apply_chat_template(BEGUN, continue_final_message=True, return_dict=False)
-    asked = tokenizer.apply_chat_template(BEGUN[:-1], add_generation_prompt=True, return_dict=False)
-    assert ids[: len(asked)] == asked and len(ids) > len(asked)
-    assert tokenizer.decode(ids[len(asked) :]).strip() == "月光"
-
-
-@pytest.mark.parametrize("family", FAMILIES[1:])
-def test_the_text_of_an_answer_that_goes_on(tokenizers, family):
-    tokenizer = tokenizers[family]
-    text = tokenizer.apply_chat_template(BEGUN, continue_final_message=True, tokenize=False)
-    asked = tokenizer.apply_chat_template(BEGUN[:-1], add_generation_prompt=True, tokenize=False)
-    assert text.startswith(asked) and text[len(asked) :].lstrip() == "月光 "
-    both = tokenizer.apply_chat_template([BEGUN, BEGUN[:2]], continue_final_message=True, tokenize=False)
-    assert both[0] == text and both[1].endswith("前")
-
-
-def test_a_template_that_takes_whitespace_or_the_answer_away(tokenizers):
-    tokenizer = copy.copy(tokenizers["glm4"])
-    tokenizer.chat_template = "{% for item in messages %}{{ item['content'] | trim }}<eop>{% endfor %}"
-    assert tokenizer.apply_chat_template(BEGUN, continue_final_message=True, tokenize=False).endswith("明<eop>月光")
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(ChatGLMError, match=r"messages\[3\]: content is not in what the template writes"):
-        tokenizer.apply_chat_template(BEGUN, continue_final_message=True)
-
-
-@families
-def test_what_cannot_go_on(tokenizers, family):
-    tokenizer = tokenizers[family]
-    with pytest.raises(ChatGLMError, match="add_generation_prompt is True, expected False with continue_final_message"):
-        tokenizer.apply_chat_template(BEGUN, continue_final_message=True, add_generation_prompt=True)
-    if family == "chatglm":
-        with pytest.raises(ChatGLMError, match="continue_final_message is given for text, expected tokenize=True"):
-            tokenizer.apply_chat_template(BEGUN, continue_final_message=True, tokenize=False)
-    if family in ("chatglm", "chatglm2"):
-        with pytest.raises(ChatGLMError, match=r"messages\[2\]: role is 'user', expected 'assistant'"):
-            tokenizer.apply_chat_template(BEGUN[:-1], continue_final_message=True)
-
-
-def test_chatglm3_methods_of_the_original(tokenizers):
-    tokenizer = tokenizers["chatglm3"]
-    history = [{"role": "user", "content": "a"}, {"role": "assistant", "metadata": "", "content": "b"}]
-    built = tokenizer.build_chat_input("q", history)
-    messages = [*history, {"role": "user", "content": "q"}]
-    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert built["input_ids"].tolist() == [expected]
-    single = [index for m in messages for index in tokenizer.build_single_message(m["role"], "", m["content"])]
-    assert expected == [*tokenizer.get_prefix_tokens(), *single, tokenizer.get_command("<|assistant|>")]
-
-
-def test_chatglm2_prompt_of_the_original(tokenizers):
-    prompt = tokenizers["chatglm2"].build_prompt("q", [("a", "b")])
-    assert prompt == "[Round 1]\n\n问：a\n\n答：b\n\n[Round 2]\n\n问：q\n\n答："
-
-
-@families
-def test_arguments_that_a_fixed_format_cannot_take(tokenizers, family):
-    message = [{"role": "user", "content": "q"}]
-    for name, value in {"chat_template": "x", "documents": [{}]}.items():
-        with pytest.raises(ChatGLMError, match=f"apply_chat_template: {name} is of type"):
-            tokenizers[family].apply_chat_template(message, **{name: value})
-    with pytest.raises(ChatGLMError, match="conversation is of type list, expected a list of messages, not empty"):
-        tokenizers[family].apply_chat_template([])
 
 
 # ---- long texts
