@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache
 
 from chatglm_ov import ChatGLMError
 from chatglm_ov.generation.cache import Session, StateCache
+from chatglm_ov.turns import Turns
 
 pytestmark = pytest.mark.transformers_matrix
 
@@ -20,6 +21,9 @@ class Request:
     """As much of a request as a session asks for."""
 
     past_length = 0
+
+    def __init__(self) -> None:
+        self.turns = Turns()
 
     def reset(self) -> None:
         self.past_length = 0
