@@ -120,8 +120,9 @@ def convert(
         prefix = _trained_prefix(config, stored, None if p_tuning is None else Path(p_tuning))
         fields["pre_seq_len"] = None if prefix is None else prefix.length
         lora_name = None if adapter is None else adapter.resolve().name
+        added = (converted_fields(fields, config, ops), prefix, lora_name, weight_formats)
         if add:
-            check_same_model(target, converted_fields(fields, config, ops), prefix, lora_name)
+            check_same_model(target, *added)
         _check_calibration(weights, weight_formats, calibration)
         more_bytes = 0 if prefix is None else prefix.nbytes
         sequences = _sequences(source, config, calibration)
@@ -135,9 +136,10 @@ def convert(
         with ExitStack() as stack:
             replaced = is_converted(target) and not add
             partial = stack.enter_context(finished_or_nothing(target.resolve(), overwrite or add, replaced))
-            _write_side_files(source, partial, fields, config, ops)
-            if prefix is not None:
-                prefix.save(partial)
+            if not add:
+                _write_side_files(source, partial, fields, config, ops)
+                if prefix is not None:
+                    prefix.save(partial)
             sources = _calibrated(
                 config, weights, plan, choices, calibration, sequences, partial, progress, prefix is not None
             )
@@ -150,6 +152,10 @@ def convert(
                     described["calibration"] = calibration.label if name == "int4" else "gptq"
                 used = calibrated.get(name, weights)
                 _write_model(config, used, partial / name, name, ops, report, choices, described)
+            if add:
+                # Once more: a conversion takes long, and others may have been there.
+                check_addable(target, weight_formats, overwrite)
+                check_same_model(target, *added)
     return target
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import ParseError
 
 from chatglm_ov.config import parse_config, read_config_json
 from chatglm_ov.converted_config import is_converted
@@ -56,20 +57,39 @@ def check_addable(target: Path, weight_formats: Sequence[str], overwrite: bool) 
         raise ChatGLMError(target, "weight_formats", f"{there[0]}, which is there", "other formats, or --overwrite")
 
 
-def check_same_model(target: Path, fields: dict[str, Any], prefix: TrainedPrefix | None, lora: str | None) -> None:
-    """What is added to a converted folder is of the same model. fields: the config.json that it would have. lora: name
-    of the adapter that is merged."""
-    there = read_config_json(target)
-    for name in sorted(there.keys() | fields.keys()):
-        if there.get(name) != fields.get(name):
-            seen, wanted = (json.dumps(each.get(name), ensure_ascii=False)[:80] for each in (there, fields))
+def check_same_model(
+    target: Path,
+    fields: Mapping[str, Any],
+    prefix: TrainedPrefix | None,
+    lora: str | None,
+    weight_formats: Sequence[str],
+) -> None:
+    """What is added to a converted folder fits the formats that stay there, as far as it can be told without reading
+    weights. fields: the config.json that it would have. lora: name of the adapter that is merged. weight_formats: those
+    that are written."""
+    stored = read_config_json(target)
+    there, added = (_flat(json.loads(json.dumps(each))) for each in (stored, fields))
+    for name in sorted(there.keys() | added.keys()):
+        if there.get(name) != added.get(name):
+            seen, wanted = (json.dumps(each.get(name), ensure_ascii=False) for each in (there, added))
             raise ChatGLMError(target / "config.json", name, seen, f"{wanted}, as in what is added")
-    stored = TrainedPrefix.load(target, parse_config(there))
-    if stored is not None and not stored.equals(prefix):
+    old = TrainedPrefix.load(target, parse_config(stored))
+    if old is not None and not old.equals(prefix):
         raise ChatGLMError(target, "trained prefix", "another one", "that of what is added")
     for xml in target.glob(f"*/{IR_NAME}"):
-        if (merged := read_description(xml).get("lora")) != lora:
+        if xml.parent.name in weight_formats:
+            continue
+        try:
+            merged = read_description(xml).get("lora")
+        except ParseError as error:
+            raise ChatGLMError(xml, "IR", f"unreadable ({error})", "an IR as `convert` writes it") from error
+        if merged != lora:
             raise ChatGLMError(xml, "lora", merged or "none", f"{lora or 'none'}, as in what is added")
+
+
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """With the fields of our own object beside the others."""
+    return {name: value for name, value in fields.items() if name != "chatglm_ov"} | fields["chatglm_ov"]
 
 
 def check_apart(target: Path, folder: Path, name: str) -> None:

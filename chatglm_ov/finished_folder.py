@@ -44,12 +44,12 @@ def finished_or_nothing(target: Path, overwrite: bool, replace: bool = True) -> 
 
 
 @contextmanager
-def folder_beside(target: Path) -> Iterator[Path]:
+def folder_beside(target: Path, mode: int = 0o777) -> Iterator[Path]:
     """A new folder that is removed at the end, or, where this process is killed before, with the next one that is made
-    for `target`."""
+    for `target`. mode: who may look into it, as far as the umask lets them."""
     remove_leftovers(target)
     folder = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
-    folder.mkdir()
+    folder.mkdir(mode)
     try:
         yield folder
     finally:
@@ -70,11 +70,22 @@ def _put_in_place(partial: Path, target: Path, overwrite: bool, replace: bool) -
         for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == "config.json"):
             old = target / entry.name
             if old.is_dir() and not old.is_symlink():
-                shutil.rmtree(old)
-            entry.replace(old)
+                _swap(entry, old, partial / f"{entry.name}.replaced")
+            else:
+                entry.replace(old)
     else:
         # Fails where another conversion was faster.
         partial.rename(target)
+
+
+def _swap(new: Path, old: Path, aside: Path) -> None:
+    """A folder in the place of another one, which goes to `aside`, and comes back where that fails."""
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        aside.rename(old)
+        raise
 
 
 def remove_leftovers(target: Path) -> None:
@@ -91,5 +102,8 @@ def _owner_runs(folder: Path, pid: str) -> bool:
     number of one that is gone; the clocks of the two times agree to a second."""
     try:
         return psutil.Process(int(pid)).create_time() < folder.stat().st_mtime + 1
-    except (ValueError, psutil.NoSuchProcess):
+    except psutil.AccessDenied:
+        return True
+    except (ValueError, psutil.NoSuchProcess, FileNotFoundError):
+        # The last: another process has removed it meanwhile.
         return False

@@ -33,13 +33,22 @@ def _core_with_operations() -> ov.Core:
 def runnable_ir(path: Path, config: ArchitectureConfig, weight_format: str) -> ov.Model:
     """The graph in `path` as `read_ir` gives it, but fused operations that cannot run here, for want of the native
     library, are made stock ones; a warning says so."""
-    described, reason = described_ir(path), unavailable()
-    if reason is None or described.get("ops") != "fused":
+    reason = why_unpacked(path)
+    if reason is None:
         return _advised(path)
-    check_forced_level()
-    _check_version(path, "packing_version", described, UNPACKED_VERSION)
     with unpacked_ir(path, config, weight_format, reason) as unpacked:
         return _advised(unpacked)
+
+
+def why_unpacked(path: Path) -> str | None:
+    """Why the fused operations in `path` cannot run here, so that they are unpacked at load; None where they are not.
+    Raises ChatGLMError where they cannot be unpacked either."""
+    described, reason = described_ir(path), unavailable()
+    if reason is None or described.get("ops") != "fused":
+        return None
+    check_forced_level()
+    _check_version(path, "packing_version", described, UNPACKED_VERSION)
+    return reason
 
 
 def _advised(path: Path) -> ov.Model:

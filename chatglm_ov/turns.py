@@ -39,12 +39,15 @@ class Turns:
             )
             raise ChatGLMError("model", "use", "by this thread already", wanted)
         with self._waited(me) if isinstance(me, Helper) else self._lock:
-            before, self._user = self._user, me
+            # An inner turn leaves it alone: one that Ctrl-C has cut off may end after the outer one.
+            outermost = self._user is not me
+            self._user = me
             try:
                 yield
             finally:
                 # Before the lock is released: the next one to come must not be taken for this one.
-                self._user = before
+                if outermost:
+                    self._user = None
 
     @contextmanager
     def _waited(self, helper: Helper) -> Iterator[None]:

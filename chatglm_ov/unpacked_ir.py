@@ -67,7 +67,7 @@ def _temporary_folder() -> Iterator[Path]:
     where = "temporary folder"
     try:
         where = tempfile.gettempdir()
-        with folder_beside(Path(where) / "chatglm-ov-unpacked") as folder:
+        with folder_beside(Path(where) / "chatglm-ov-unpacked", 0o700) as folder:
             yield folder
     except OSError as error:
         seen = f"not writable ({error.strerror or error})"

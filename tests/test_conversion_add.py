@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from golden_sets import each_ops
 from lora_files import low_rank, write_lora
 from safetensors.numpy import save_file
 
-from chatglm_ov import ChatGLMError, convert
+from chatglm_ov import ChatGLMError, conversion, convert
 from chatglm_ov.config import read_config_json
 from chatglm_ov.conversion import available_ops
 from chatglm_ov.runtime import load_model, weight_formats
@@ -60,6 +61,63 @@ def test_a_format_that_is_there_is_written_over_if_that_is_said(tmp_path: Path):
     }
 
 
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError])
+def test_what_is_written_over_comes_back_where_that_fails(fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = to_int8(V2.checkpoint, tmp_path / "out")
+    before, rename = contents(folder), Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if ".partial-" in str(self.parent) and target == folder / "int8" and not self.name.endswith(".replaced"):
+            raise fault("now")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(ChatGLMError if fault is OSError else fault):
+        to_int8(V2.checkpoint, folder, add=True, overwrite=True)
+    assert contents(folder) == before and names(tmp_path) == ["out"]
+
+
+def test_files_of_the_folder_stay_as_they_are(tmp_path: Path):
+    folder = to_int8(V2.checkpoint, tmp_path / "out")
+    (folder / "generation_config.json").write_text('{"temperature": 0.3}')
+    convert(V2.checkpoint, folder, ("bf16",), add=True, progress=False)
+    assert (folder / "generation_config.json").read_text() == '{"temperature": 0.3}'
+
+
+def test_a_damaged_format_is_told_or_written_anew(tmp_path: Path):
+    folder = to_int8(V2.checkpoint, tmp_path / "out")
+    os.truncate(folder / "int8" / "openvino_model.xml", 5000)
+    with pytest.raises(ChatGLMError, match="IR is unreadable") as error:
+        convert(V2.checkpoint, folder, ("bf16",), add=True, progress=False)
+    assert "\n" not in str(error.value)
+    to_int8(V2.checkpoint, folder, add=True, overwrite=True)
+    assert load_model(folder, "int8").weight_format == "int8"
+
+
+MEANWHILE: dict[str, tuple[Path, tuple[str, ...], dict[str, bool], str]] = {
+    "the same format": (V2.checkpoint, ("bf16",), {"add": True}, "weight_formats is bf16, which is there"),
+    "another model": (V1.checkpoint, ("int8",), {"overwrite": True}, "config.json: .*, as in what is added"),
+}
+
+
+@pytest.mark.parametrize("meanwhile", MEANWHILE)
+def test_the_folder_is_looked_at_again_at_the_end(meanwhile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = to_int8(V2.checkpoint, tmp_path / "out")
+    checkpoint, formats, options, told = MEANWHILE[meanwhile]
+    write, others = conversion._write_model, []
+
+    def interfered(*arguments: Any) -> None:
+        write(*arguments)
+        monkeypatch.setattr(conversion, "_write_model", write)
+        convert(checkpoint, folder, formats, progress=False, **options)
+        others.append(contents(folder))
+
+    monkeypatch.setattr(conversion, "_write_model", interfered)
+    with pytest.raises(ChatGLMError, match=told):
+        convert(V2.checkpoint, folder, ("bf16",), add=True, progress=False)
+    assert [contents(folder)] == others and names(tmp_path) == ["out"]
+
+
 def another_config(folder: Path) -> dict[str, Any]:
     checkpoint = Path(shutil.copytree(V2.checkpoint, folder / "other"))
     fields = read_config_json(checkpoint)
@@ -87,7 +145,7 @@ OTHERS = {
     "a prefix": (another_prefix, "pre_seq_len is null, expected 4"),
     "other operations": (
         lambda folder: {"ops": "stock"},
-        'chatglm_ov is {.*"ops": "fused"}, expected {.*"ops": "stock"}, as in what is added',
+        'config.json: ops is "fused", expected "stock", as in what is added',
     ),
 }
 

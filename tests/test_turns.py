@@ -17,7 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM
 from chatglm_ov.generation.stream import stream_tokens
-from chatglm_ov.turns import Helper
+from chatglm_ov.turns import Helper, Turns
 
 pytestmark = pytest.mark.transformers_matrix
 
@@ -132,14 +132,42 @@ def test_a_turn_may_be_taken_within_a_turn(model):
 
 
 def test_who_waits_when_the_cache_is_released_waits_for_the_new_one(model):
-    wanted, gate = greedy(model), Gate()
+    """And has it to itself then."""
+    wanted, gate, inside = greedy(model), Gate(), Gate()
     first = Started(lambda: greedy(model, stopping_criteria=gate.criteria))
     assert gate.reached.wait(SECONDS)
-    others = [Started(use) for use in (model.release_cache, lambda: greedy(model), lambda: greedy(model))]
+    released = Started(model.release_cache)
+    second = Started(lambda: greedy(model, stopping_criteria=inside.criteria))
     gate.open.set()
-    assert torch.equal(first.result(), wanted)
-    assert others[0].result() is None
-    assert all(torch.equal(other.result(), wanted) for other in others[1:])
+    assert torch.equal(first.result(), wanted) and inside.reached.wait(SECONDS)
+    third = Started(lambda: greedy(model))
+    third.join(0.2)
+    assert third.is_alive()
+    inside.open.set()
+    assert torch.equal(second.result(), wanted) and torch.equal(third.result(), wanted)
+    assert released.result() is None
+
+
+def test_an_inner_turn_that_ends_late_leaves_no_user():
+    """Ctrl-C can keep one alive beyond the outer one, until its traceback goes."""
+    turns, taken = Turns(), []
+    outer, inner = turns.taken(), turns.taken()
+    for turn in (outer, inner):
+        turn.__enter__()
+    outer.__exit__(None, None, None)
+    inner.__exit__(None, None, None)
+
+    class Asked(Helper):
+        asked_by = threading.current_thread()
+
+        def run(self) -> None:
+            with turns.taken():
+                taken.append(True)
+
+    thread = Asked(daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    assert taken == [True]
 
 
 def test_a_crop_that_waited_sees_the_sequence_that_is_there_then(model):

@@ -22,7 +22,7 @@ from golden_cases import V2, each_small, own_prompt
 from golden_sets import ROOTS, without_library
 from unpacked import REASON, check_same
 
-from chatglm_ov import ChatGLMError, convert
+from chatglm_ov import ChatGLMError, convert, finished_folder
 from chatglm_ov.finished_folder import psutil
 from chatglm_ov.native import native
 from chatglm_ov.runtime import load_model
@@ -281,3 +281,8 @@ def test_nothing_else_is_measured_in_the_place_of_fused_operations(folders: dict
     options = ["--weight-format", "int8", "--prompt-tokens", "8"]
     done = in_a_process_without(*PROGRAM, "bench", folders["fused"], *options)
     assert "native library: import is /nonexistent is no Python module" in done.error
+
+
+def test_a_leftover_that_another_process_removes_meanwhile_is_none(tmp_path: Path):
+    """Processes that load at once look at each other's."""
+    assert not finished_folder._owner_runs(tmp_path / "gone", str(os.getpid()))

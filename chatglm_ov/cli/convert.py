@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder as the model's authors publish it")
-    parser.add_argument("output", type=Path, help="folder to write, new or empty")
+    parser.add_argument("output", type=Path, help="folder to write: new or empty, unless --overwrite or --add")
     parser.add_argument(
         "--weight-format",
         nargs="+",

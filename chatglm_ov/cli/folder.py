@@ -12,7 +12,7 @@ import openvino as ov
 from chatglm_ov.cli.machine import kernel_in_use
 from chatglm_ov.cli.parts import weight_parts
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
-from chatglm_ov.ir_reading import described_ir, read_ir
+from chatglm_ov.ir_reading import described_ir, read_ir, why_unpacked
 from chatglm_ov.model_weights import model_weights
 from chatglm_ov.models import architecture
 from chatglm_ov.native import native, unavailable
@@ -100,14 +100,9 @@ def _checkpoint(path: Path, fields: dict[str, Any], config: ArchitectureConfig) 
 def _converted(path: Path, config: ArchitectureConfig) -> dict[str, Any]:
     """Each weight format's files and graph, and the settings with which the default one is compiled here."""
     name = default_weight_format(path)
-    default = _unpacked(name) if _is_unpacked(path / name / IR_NAME) else _compiled(path, name)
+    default = _compiled(path, name) if why_unpacked(path / name / IR_NAME) is None else _unpacked(name)
     found = {name: _ir(path / name / IR_NAME, config) for name in weight_formats(path)}
     return {"weight_formats": found, "default": default}
-
-
-def _is_unpacked(xml: Path) -> bool:
-    """Whether its fused operations are made stock ones when it is loaded here: for a look at it that would be much."""
-    return unavailable() is not None and described_ir(xml).get("ops") == "fused"
 
 
 def _compiled(path: Path, weight_format: str) -> dict[str, Any]:
@@ -129,7 +124,7 @@ def _unpacked(weight_format: str) -> dict[str, Any]:
 
 
 def _ir(xml: Path, config: ArchitectureConfig) -> dict[str, Any]:
-    if _is_unpacked(xml):
+    if why_unpacked(xml) is not None:
         return _unknown_ir(xml)
     model = read_ir(xml)
     types = Counter(node.get_type_name() for node in model.get_ops())

@@ -81,8 +81,9 @@ class StatefulGenerationMixin(GenerationMixin):
         with ExitStack() as stack:
             # To the end: between two steps another thread would take the sequence, and what this call has set, away. In
             # one order for all: two models may be each other's assistants.
-            for model in sorted([self] if assistant is None else [self, assistant], key=id):
-                stack.enter_context(model.session.request.turns.taken())
+            users = [self] if assistant is None else [self, assistant]
+            for turns in sorted((model.session.request.turns for model in users), key=id):
+                stack.enter_context(turns.taken())
             return self._generated(ids, generation_config, args, kwargs)
 
     def _generated(self, ids: Any, config: GenerationConfig | None, args: tuple, kwargs: dict[str, Any]) -> Any:

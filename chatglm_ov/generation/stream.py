@@ -99,8 +99,8 @@ def stream_tokens(
         raise ChatGLMError("stream", "sequences", rows, "1: the tokens of several would be one stream")
     tokens = _Tokens(on_token)
     thread = _Maker(tokens, model, input_ids, options)
-    thread.start()
     try:
+        thread.start()
         while (item := tokens.queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
