@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -104,12 +104,10 @@ def convert(
     config = parse_config(fields, source / "config.json")
     warn_of_doubtful_base(config)
     check_arguments(source, target, weight_formats, ops)
-    if adapter is not None:
-        check_apart(target, adapter, "LoRA")
-    if p_tuning is not None:
-        check_apart(target, Path(p_tuning), "P-Tuning")
-    if calibration is not None:
-        check_apart(target, calibration.source.path, "calibration text")
+    text = None if calibration is None else calibration.source.path
+    for name, path in (("LoRA", adapter), ("P-Tuning", p_tuning), ("calibration text", text)):
+        if path is not None:
+            check_apart(target, Path(path), name)
     if add:
         check_addable(target, weight_formats, overwrite)
     else:
@@ -133,25 +131,25 @@ def convert(
         check_disk(target, plan.disk_bytes + _OTHER_BYTES, ", ".join(plan.weight_formats))
         if plan.memory_bytes > (free := available()):
             log.warning("%s of memory are free: the system may end the conversion", size(free))
-        with ExitStack() as stack:
-            replaced = is_converted(target) and not add
-            partial = stack.enter_context(finished_or_nothing(target.resolve(), overwrite or add, replaced))
+        replaced = is_converted(target) and not add
+        with finished_or_nothing(target.resolve(), overwrite or add, replaced) as partial:
             if not add:
                 _write_side_files(source, partial, fields, config, ops)
                 if prefix is not None:
                     prefix.save(partial)
-            sources = _calibrated(
-                config, weights, plan, choices, calibration, sequences, partial, progress, prefix is not None
-            )
-            calibrated = stack.enter_context(sources)
-            report = stack.enter_context(_progress_bar(plan, progress))
-            for name in plan.weight_formats:
-                described = {} if lora_name is None else {"lora": lora_name}
-                if calibration is not None and name in calibrated:
-                    # Only columns of int4 are scaled by AWQ.
-                    described["calibration"] = calibration.label if name == "int4" else "gptq"
-                used = calibrated.get(name, weights)
-                _write_model(config, used, partial / name, name, ops, report, choices, described)
+            described = {} if lora_name is None else {"lora": lora_name}
+            with (
+                _calibrated(
+                    config, weights, plan, choices, calibration, sequences, partial, progress, prefix is not None
+                ) as calibrated,
+                _progress_bar(plan, progress) as report,
+            ):
+                for name in plan.weight_formats:
+                    used, told = calibrated.get(name, weights), described
+                    if calibration is not None and name in calibrated:
+                        # Only columns of int4 are scaled by AWQ.
+                        told = {**described, "calibration": calibration.label if name == "int4" else "gptq"}
+                    _write_model(config, used, partial / name, name, ops, report, choices, told)
             if add:
                 # Once more: a conversion takes long, and others may have been there.
                 check_addable(target, weight_formats, overwrite)
