@@ -135,11 +135,11 @@ void multiply_panels(const FullyConnectedTask& task, int64_t panel) {
 
 // Sums [row][16] of a panel. The parts of a line have sums of their own: a chain of additions waits for its last one in
 // each line. So few rows round in another way than many, each row in the same whatever the others are.
-template <typename Format, int kRows>
+template <typename Format, typename Reach, int kRows>
 [[gnu::noinline]] void stream_panel(const uint8_t* line, int64_t lines, const uint32_t* x, float* out) {
     Floats sums[kRows][Format::kParts] = {};
     for (; lines > 0; --lines, line += kLineBytes, x += Format::kParts * kRows) {
-        prefetch_stream(line);
+        prefetch_stream<Reach>(line);
 #pragma GCC unroll 2
         for (int part = 0; part < Format::kParts; ++part) {
             const Floats weights = Format::part(line, part);
@@ -158,13 +158,14 @@ template <typename Format, int kRows>
     }
 }
 
-template <typename Format>
+template <typename Format, typename Reach>
 void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
     const PackedLayout& layout = task.layout;
     if (task.rows <= kRowsOfTile) {
         multiply_streams<kRowsOfTile>(task, begin, end, [&](auto rows, int64_t panel, float* sums) {
-            stream_panel<Format, rows>(layout.panel(task.weight, panel), layout.padded_in() / Format::kColumns,
-                                       static_cast<const uint32_t*>(task.prepared), sums);
+            stream_panel<Format, ReachOfRows<Reach, rows>, rows>(
+                layout.panel(task.weight, panel), layout.padded_in() / Format::kColumns,
+                static_cast<const uint32_t*>(task.prepared), sums);
         });
         return;
     }
@@ -175,7 +176,8 @@ void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
 
 template <typename Format>
 FullyConnectedKernel kernel() {
-    return {prepared_bytes<Format>, prepare<Format>, multiply<Format>};
+    return {prepared_bytes<Format>, prepare<Format>,
+            prefers_page_reach() ? multiply<Format, PageReach> : multiply<Format, FarReach>};
 }
 
 }  // namespace

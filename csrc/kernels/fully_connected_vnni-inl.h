@@ -10,27 +10,33 @@
 namespace chatglm {
 namespace {
 
-template <typename Format, int kPlanes>
+template <typename Format, typename Reach, int kPlanes>
 void multiply_planes(const FullyConnectedTask& task, int64_t begin, int64_t end) {
     const Weight weight(task);
     const Prepared x(task.prepared, task.layout, task.rows, task.activation_bits);
     constexpr int kStreamRows = stream_rows(kPlanes);
     if (task.rows <= kStreamRows) {
         multiply_streams<kStreamRows>(task, begin, end, [&](auto rows, int64_t panel, float* sums) {
-            stream_panel<Format, rows, kPlanes>(task.layout, weight, x, panel, sums);
+            using OfRows = ReachOfRows<Reach, rows>;
+            stream_panel<Format, OfRows, rows, kPlanes>(task.layout, weight, x, panel, sums);
         });
     } else {
         multiply_tiles<Format, kPlanes>(task, weight, x, begin, end);
     }
 }
 
-template <typename Format>
+template <typename Format, typename Reach>
 void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
     if (task.activation_bits == 16) {
-        multiply_planes<Format, 2>(task, begin, end);
+        multiply_planes<Format, Reach, 2>(task, begin, end);
     } else {
-        multiply_planes<Format, 1>(task, begin, end);
+        multiply_planes<Format, Reach, 1>(task, begin, end);
     }
+}
+
+template <typename Format, typename Reach>
+FullyConnectedKernel kernel() {
+    return {prepared_bytes, prepare<Format>, multiply<Format, Reach>};
 }
 
 }  // namespace

@@ -84,6 +84,15 @@ bool is_present(Isa isa) {
     return present[static_cast<size_t>(isa)];
 }
 
+bool prefers_page_reach() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    __get_cpuid(0, &eax, &ebx, &ecx, &edx);
+    const bool amd = ebx == signature_AMD_ebx && ecx == signature_AMD_ecx && edx == signature_AMD_edx;
+    __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+    const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
+    return amd && family == 0x19;
+}
+
 std::vector<Isa> present_levels() {
     std::vector<Isa> levels;
     for (size_t i = 0; i < kIsaNames.size(); ++i) {

@@ -32,6 +32,10 @@ bool is_present(Isa isa);
 // All levels present, lowest first; empty on a processor without AVX2.
 std::vector<Isa> present_levels();
 
+// Whether weights that are read once are best asked for a page ahead (streams-inl.h): on AMD's family 19h, measured on
+// Zen 4.
+bool prefers_page_reach();
+
 // The level of this name. Throws std::invalid_argument that lists the names.
 Isa parse_isa(const std::string& name);
 

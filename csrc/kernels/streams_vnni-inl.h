@@ -14,7 +14,7 @@ namespace {
 constexpr int kApartRegisters = kPieces == 1 ? kAccumulators : 8;
 
 // Adds the products of one group to the sums [row][16] of a panel; returns the line behind it.
-template <typename Format, int kRows, int kPlanes>
+template <typename Format, typename Reach, int kRows, int kPlanes>
 [[gnu::always_inline]] inline const uint8_t* stream_group(const uint8_t* line, int64_t columns, const int8_t* codes,
                                                           const int32_t* corrections,
                                                           const typename Format::Group* factors, const float* scales,
@@ -26,7 +26,7 @@ template <typename Format, int kRows, int kPlanes>
     for (int64_t steps = columns / Format::kStep; steps > 0; --steps) {
         Bytes pieces[kPieces];
         load_line(line, pieces);
-        prefetch_stream(line);
+        prefetch_stream<Reach>(line);
 #pragma GCC unroll 2
         for (int part = 0; part < kParts; ++part) {
             add_line<Format, kRows, 1, kPlanes>(sums[kApart ? part : 0], pieces, codes, part);
@@ -40,7 +40,7 @@ template <typename Format, int kRows, int kPlanes>
 }
 
 // Sums [row][16] of a panel.
-template <typename Format, int kRows, int kPlanes>
+template <typename Format, typename Reach, int kRows, int kPlanes>
 [[gnu::noinline]] void stream_panel(const PackedLayout& layout, const Weight& weight, const Prepared& x, int64_t panel,
                                     float* out) {
     const uint8_t* line = weight.codes + panel * weight.panel_bytes;
@@ -52,9 +52,10 @@ template <typename Format, int kRows, int kPlanes>
         for (int64_t column = 0; column < columns; column += group, ++index) {
             typename Format::Group factors[kPieces];
             for (int i = 0; i < kPieces; ++i) factors[i].load(weight, panel, index, i);
-            Format::Group::prefetch(layout, weight, panel, index, kStreamAhead);
-            line = stream_group<Format, kRows, kPlanes>(line, group, codes + column * kRows * kPlanes,
-                                                        x.correction(index, 0), factors, &x.scale(block, 0), out);
+            Format::Group::prefetch(layout, weight, panel, index, Reach::kBytes);
+            line = stream_group<Format, Reach, kRows, kPlanes>(line, group, codes + column * kRows * kPlanes,
+                                                               x.correction(index, 0), factors, &x.scale(block, 0),
+                                                               out);
         }
     }
 }

@@ -4,11 +4,11 @@
 namespace chatglm::avx512 {
 
 FullyConnectedKernel fully_connected_int8() {
-    return {prepared_bytes, prepare<Int8>, multiply<Int8>};
+    return prefers_page_reach() ? kernel<Int8, PageReach>() : kernel<Int8, FarReach>();
 }
 
 FullyConnectedKernel fully_connected_int4() {
-    return {prepared_bytes, prepare<Int4>, multiply<Int4>};
+    return prefers_page_reach() ? kernel<Int4, PageReach>() : kernel<Int4, FarReach>();
 }
 
 }  // namespace chatglm::avx512
