@@ -30,7 +30,7 @@ from chatglm_ov.runtime import CompiledModel, Request, load_model
 from chatglm_ov.weights.ir import IR_NAME
 
 WARM_STEPS = 2
-STEPS_AT_ONCE = 4
+STEPS_AT_ONCE = 2
 """Steps between two measurements of the read bandwidth."""
 CHUNK = 512
 """Tokens of a call while a long context is filled."""

@@ -35,6 +35,13 @@ private:
     const float* bias_;
 };
 
+// Brings the scales of the panels [begin, end), which lie far from their codes, into the cache.
+inline void prefetch_scales(const FullyConnectedTask& task, int64_t begin, int64_t end) {
+    if (task.layout.format != WeightFormat::int8) return;
+    const float* scales = task.layout.channel_scales(task.weight);
+    for (int64_t panel = begin; panel < end; ++panel) _mm_prefetch(scales + panel * kPanel, _MM_HINT_T1);
+}
+
 // Adds the residual to the features from `feature` on and stores those that y has.
 inline void add_residual_and_store(const FullyConnectedTask& task, int64_t row, int64_t feature, Floats value) {
     const int64_t count = task.y_features - feature;

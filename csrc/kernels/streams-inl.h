@@ -50,6 +50,7 @@ void multiply_streams(const FullyConnectedTask& task, int64_t begin, int64_t end
     alignas(kLineBytes) float sums[kMost * kStreamStride];
     for (int64_t first = begin; first < end; first += kStreamPanels) {
         const int64_t last = std::min(first + kStreamPanels, end);
+        prefetch_scales(task, first, last);
         with_rows<kMost>(task.rows, [&](auto rows) {
             for (int64_t panel = first; panel < last; ++panel) stream(rows, panel, sums + (panel - first) * kPanel);
         });
