@@ -263,10 +263,10 @@ def test_models_take_a_few_steps_in_turns_with_the_bandwidth_between_them() -> N
         return float(len(told) - 1)
 
     first, second = Told("a", told), Told("b", told)
-    run_steps([first, second], 6, read)
-    assert "".join(told) == "aabb|aaaa|bbbb|aa|bb|"
-    assert first.times.steps == [[5, 6, 7, 8, 15, 16]] and second.times.steps == [[10, 11, 12, 13, 18, 19]]
-    assert first.times.read == [[6.5] * 4 + [15.5] * 2] and second.times.read == [[11.5] * 4 + [18.5] * 2]
+    run_steps([first, second], 5, read)
+    assert "".join(told) == "aabb|aa|bb|aa|bb|a|b|"
+    assert first.times.steps == [[5, 6, 11, 12, 17]] and second.times.steps == [[8, 9, 14, 15, 19]]
+    assert first.times.read == [[5.5, 5.5, 11.5, 11.5, 17]] and second.times.read == [[8.5, 8.5, 14.5, 14.5, 19]]
 
 
 def test_without_the_native_library_there_are_steps_only() -> None:
