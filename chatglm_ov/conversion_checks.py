@@ -88,8 +88,10 @@ def check_same_model(
 
 
 def _flat(fields: dict[str, Any]) -> dict[str, Any]:
-    """With the fields of our own object beside the others."""
-    return {name: value for name, value in fields.items() if name != "chatglm_ov"} | fields["chatglm_ov"]
+    """With the fields of our own object beside the others; it has none where it is something else."""
+    others = {name: value for name, value in fields.items() if name != "chatglm_ov"}
+    own = fields["chatglm_ov"]
+    return others | own if isinstance(own, dict) else others
 
 
 def check_apart(target: Path, folder: Path, name: str) -> None:

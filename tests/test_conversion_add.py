@@ -163,6 +163,14 @@ def test_what_is_not_the_same_model_is_refused(other: str, tmp_path: Path):
     assert contents(folder) == before
 
 
+def test_a_marker_that_is_no_object_is_refused(tmp_path: Path):
+    folder = to_int8(V2.checkpoint, tmp_path / "out")
+    (folder / "config.json").write_text(json.dumps({**read_config_json(folder), "chatglm_ov": "converted"}))
+    with pytest.raises(ChatGLMError, match=r"config\.json: architecture is null, expected "):
+        convert(V2.checkpoint, folder, ("bf16",), add=True, progress=False)
+    assert weight_formats(folder) == ["int8"]
+
+
 def test_a_prefix_has_to_be_the_same_one(tmp_path: Path):
     options = another_prefix(tmp_path)
     folder = to_int8(V2.checkpoint, tmp_path / "out", **options)
