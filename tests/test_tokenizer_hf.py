@@ -322,5 +322,5 @@ def test_work_grows_with_the_length_and_not_with_its_square(tokenizers, family, 
             sys.setprofile(None)
         return events["call"] + events["c_call"]
 
-    calls(1_000)
-    assert calls(16_000) < 20 * calls(1_000)
+    calls(500)
+    assert calls(8_000) < 20 * calls(500)
