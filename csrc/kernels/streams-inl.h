@@ -29,6 +29,7 @@ struct PageReach {
     static constexpr int64_t kBytes = kPageBytes;
     static constexpr _mm_hint kHint = _MM_HINT_NTA;
 };
+
 // Of so many rows, where one row has `Reach`.
 template <typename Reach, int kRows>
 using ReachOfRows = std::conditional_t<kRows == 1, Reach, FarReach>;
