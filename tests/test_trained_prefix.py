@@ -21,6 +21,7 @@ from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert
 from chatglm_ov.calibration import run
 from chatglm_ov.calibration.text import Calibration
 from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.generation.cache import CACHE_NAME
 from chatglm_ov.kv_cache import BlockLayout
 from chatglm_ov.models.chatglm import RESIDUAL_SCALE
 from chatglm_ov.presets import config_json
@@ -110,7 +111,7 @@ def test_chatglm2(ops, kind, tmp_path):
         cache.update(past[2 * layer], past[2 * layer + 1], layer)
     with torch.no_grad():
         wanted = original(
-            ids, past_key_values=cache, position_ids=torch.arange(9)[None], attention_mask=torch.ones(1, P + 9).long()
+            ids, **{CACHE_NAME: cache}, position_ids=torch.arange(9)[None], attention_mask=torch.ones(1, P + 9).long()
         ).logits
     check_sequences(model, ids, wanted)
     # A row on its own is the row in a padded batch, and beams begin with the prefix too.
