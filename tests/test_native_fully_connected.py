@@ -27,7 +27,7 @@ U = 2.0**-24
 TINY = 2.0**-126
 BLOCK = 512
 LEVELS = ("avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "amx_emulated")
-ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17, 25, 33, 64)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17, 24, 25, 33, 64)
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,12 @@ private:
     int64_t panel_bytes_, step_, tile_;
 };
 
+// Rows of a tile, where tiles of at most `most` rows have as many as each other: a small one would wait for its own sums.
+inline int64_t even_tile(int64_t rows, int64_t most) {
+    const int64_t tiles = (rows + most - 1) / most;
+    return (rows + tiles - 1) / tiles;
+}
+
 // Calls tile(std::integral_constant<int, rows>()), with rows in 1..kMost.
 template <int kMost, typename Tile>
 inline void with_rows(int64_t rows, const Tile& tile) {

@@ -7,6 +7,7 @@
 //   part(line, i)                the vector i of a line
 //   add(sum, weights, word)      sum plus the products
 //   convert(x, count, columns, words)   columns of x to words, those from `count` on zero
+//   kStreamRows                  rows that read one stream of weights; more pass in tiles
 #pragma once
 
 #include <algorithm>
@@ -35,7 +36,13 @@ constexpr int kNearBytes = 384;
     _mm_prefetch(line + kNearBytes, _MM_HINT_T0);
 }
 
-// Prepared: words [tile of 12 rows][word][row of the tile].
+// Rows that pass together: all, or those of a tile, of which the last one may have fewer.
+template <typename Format>
+int64_t rows_together(int64_t rows) {
+    return rows <= Format::kStreamRows ? rows : even_tile(rows, kRowsOfTile);
+}
+
+// Prepared: words [rows that pass together][word][row of them].
 template <typename Format>
 int64_t words_of_row(const PackedLayout& layout) {
     return layout.padded_in() / Format::kColumns * Format::kParts;
@@ -51,8 +58,9 @@ void prepare(const PackedLayout& layout, int64_t rows, int, const float* x, int6
              int64_t end, void* prepared) {
     constexpr int64_t kColumnsAtATime = kBlockLines * Format::kColumns;
     alignas(kLineBytes) uint32_t words[kBlockLines * Format::kParts];
+    const int64_t tile = rows_together<Format>(rows);
     for (int64_t row = begin; row < end; ++row) {
-        const int64_t first = row / kRowsOfTile * kRowsOfTile, in_tile = std::min<int64_t>(kRowsOfTile, rows - first);
+        const int64_t first = row / tile * tile, in_tile = std::min(tile, rows - first);
         uint32_t* out = static_cast<uint32_t*>(prepared) + first * words_of_row<Format>(layout) + row - first;
         for (int64_t start = 0; start < layout.padded_in(); start += kColumnsAtATime) {
             const int64_t columns = std::min(kColumnsAtATime, layout.padded_in() - start);
@@ -114,15 +122,15 @@ void multiply_panels(const FullyConnectedTask& task, int64_t panel) {
     std::fill(sums, sums + task.rows * kStride, 0.0f);
     const PackedLayout& layout = task.layout;
     const int64_t lines = layout.padded_in() / Format::kColumns, panel_bytes = layout.panel_bytes();
-    const int64_t tiles = (task.rows + kRowsOfTile - 1) / kRowsOfTile;
+    const int64_t tile = rows_together<Format>(task.rows), tiles = (task.rows + tile - 1) / tile;
     for (int64_t line = 0; line < lines; line += kBlockLines) {
         const uint8_t* weight = layout.panel(task.weight, panel) + line * kLineBytes;
         const int64_t count = std::min<int64_t>(kBlockLines, lines - line);
         const uint8_t* next = line + count < lines ? weight + count * kLineBytes
                                                    : layout.panel(task.weight, panel + kPanels);
         Ahead ahead(next, panel_bytes, count, tiles);
-        for (int64_t row = 0; row < task.rows; row += kRowsOfTile) {
-            with_rows<kRowsOfTile>(task.rows - row, [&](auto rows) {
+        for (int64_t row = 0; row < task.rows; row += tile) {
+            with_rows<kRowsOfTile>(std::min(tile, task.rows - row), [&](auto rows) {
                 const auto* x = static_cast<const uint32_t*>(task.prepared) + row * lines * Format::kParts +
                                 line * Format::kParts * rows;
                 multiply_tile<Format, rows, kPanels>(weight, panel_bytes, count, x, ahead, sums + row * kStride);
@@ -143,14 +151,14 @@ template <typename Format, typename Reach, int kRows>
 #pragma GCC unroll 2
         for (int part = 0; part < Format::kParts; ++part) {
             const Floats weights = Format::part(line, part);
-#pragma GCC unroll 12
+#pragma GCC unroll 24
             for (int r = 0; r < kRows; ++r) {
                 const Floats word = Floats(_mm512_set1_epi32(static_cast<int32_t>(x[part * kRows + r])));
                 sums[r][part] = Format::add(sums[r][part], weights, word);
             }
         }
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
         Floats sum = sums[r][0];
         for (int part = 1; part < Format::kParts; ++part) sum += sums[r][part];
@@ -161,8 +169,8 @@ template <typename Format, typename Reach, int kRows>
 template <typename Format, typename Reach>
 void multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
     const PackedLayout& layout = task.layout;
-    if (task.rows <= kRowsOfTile) {
-        multiply_streams<kRowsOfTile>(task, begin, end, [&](auto rows, int64_t panel, float* sums) {
+    if (task.rows <= Format::kStreamRows) {
+        multiply_streams<Format::kStreamRows>(task, begin, end, [&](auto rows, int64_t panel, float* sums) {
             stream_panel<Format, ReachOfRows<Reach, rows>, rows>(
                 layout.panel(task.weight, panel), layout.padded_in() / Format::kColumns,
                 static_cast<const uint32_t*>(task.prepared), sums);

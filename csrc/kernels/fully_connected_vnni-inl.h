@@ -14,7 +14,7 @@ template <typename Format, typename Reach, int kPlanes>
 void multiply_planes(const FullyConnectedTask& task, int64_t begin, int64_t end) {
     const Weight weight(task);
     const Prepared x(task.prepared, task.layout, task.rows, task.activation_bits);
-    constexpr int kStreamRows = stream_rows(kPlanes);
+    constexpr int kStreamRows = stream_rows<Format>(kPlanes);
     if (task.rows <= kStreamRows) {
         multiply_streams<kStreamRows>(task, begin, end, [&](auto rows, int64_t panel, float* sums) {
             using OfRows = ReachOfRows<Reach, rows>;

@@ -19,7 +19,7 @@ using TileSums = Ints[kRows][kPlanes][kPanels * kPieces];
 template <typename Group, int kRows, int kPanels, int kPlanes>
 [[gnu::always_inline]] inline void start_sums(const Group* factors, const int32_t* corrections,
                                               TileSums<kRows, kPanels, kPlanes>& sums) {
-#pragma GCC unroll 14
+#pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
         for (int l = 0; l < kPlanes; ++l) {
@@ -35,7 +35,7 @@ template <typename Group, int kRows, int kPanels, int kPlanes>
 template <int kRows, int kPanels, int kPlanes>
 [[gnu::always_inline]] inline void add_sums(const TileSums<kRows, kPanels, kPlanes>& sums,
                                             TileSums<kRows, kPanels, kPlanes>& into) {
-#pragma GCC unroll 14
+#pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
         for (int l = 0; l < kPlanes; ++l) {
@@ -68,7 +68,7 @@ template <typename Format, int kRows, int kPanels, int kPlanes>
     Bytes w[kColumns];
 #pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) w[c] = Format::codes(lines[c], part);
-#pragma GCC unroll 14
+#pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
         for (int l = 0; l < kPlanes; ++l) {
@@ -85,7 +85,7 @@ template <typename Group, int kRows, int kPanels, int kPlanes>
                                               const float* activation_scales, int64_t stride, float* out) {
     // Hides that `out` is the same for each group: GCC 12 would keep all sums on the stack instead.
     asm volatile("" : "+r"(out));
-#pragma GCC unroll 14
+#pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r, out += stride) {
 #pragma GCC unroll 4
         for (int c = 0; c < kPanels * kPieces; ++c) {

@@ -8,6 +8,8 @@ namespace chatglm {
 namespace {
 
 struct OfFloats {
+    static constexpr int kStreamRows = 12;  // of two sums each with bf16 weights: 24 registers
+
     static Floats add(Floats sum, Floats weights, Floats x) { return multiply_add(weights, x, sum); }
 
     static void convert(const float* x, int64_t count, int64_t columns, uint32_t* words) {
