@@ -28,6 +28,10 @@ class ArchitectureConfig(BaseModel):
     head_dim_field: ClassVar[str] = "head_dim"
     positions_field: ClassVar[str] = "max_position_embeddings"
     """Fields of the file that these three come from."""
+    sees_whole_prompt: ClassVar[bool] = False
+    """Whether a token of the prompt sees those behind it too."""
+    takes_trained_prefix: ClassVar[bool] = False
+    """Whether a checkpoint may hold a prefix encoder (`chatglm_ov.trained_prefix`)."""
 
     hidden_size: int = Field(gt=0)
     num_layers: int = Field(gt=0)
@@ -39,6 +43,24 @@ class ArchitectureConfig(BaseModel):
     quantization_bit: Literal[0, 4, 8] | None = None
     pre_seq_len: int | None = Field(None, ge=0)
     """Tokens of a trained prefix (P-Tuning v2) before every sequence; see `chatglm_ov.trained_prefix`."""
+
+    @property
+    def prompt_end(self) -> tuple[int, ...]:
+        """Token ids that every prompt ends with, as the position rules want it."""
+        return ()
+
+    @property
+    def position_marks(self) -> tuple[int, ...]:
+        """Token ids that the position rules look for: they stand nowhere else in a prompt."""
+        return ()
+
+    def check(self, where: Path | str) -> None:
+        """Raises ChatGLMError for fields of `where` that do not fit each other."""
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups:
+            raise ChatGLMError(where, self.heads_field, groups, f"a divisor of num_attention_heads {heads}")
+        if self.head_dim % 4:
+            raise ChatGLMError(where, self.head_dim_field, self.head_dim, "a multiple of 4")
 
     if TYPE_CHECKING:
         # Fields of some architectures, computed by others.
@@ -66,6 +88,8 @@ class ChatGLMConfig(ArchitectureConfig):
 
     architecture: ClassVar[str] = "chatglm"
     head_dim_field: ClassVar[str] = "hidden_size / num_attention_heads"
+    sees_whole_prompt: ClassVar[bool] = True
+    takes_trained_prefix: ClassVar[bool] = True
 
     vocab_size: int = Field(gt=0)
     inner_hidden_size: int = Field(gt=0)
@@ -104,6 +128,20 @@ class ChatGLMConfig(ArchitectureConfig):
     def max_positions(self) -> int | None:
         return None
 
+    @property
+    def prompt_end(self) -> tuple[int, ...]:
+        return self.gmask_token_id, self.bos_token_id
+
+    @property
+    def position_marks(self) -> tuple[int, ...]:
+        return *self.prompt_end, self.mask_token_id
+
+    def check(self, where: Path | str) -> None:
+        heads = self.num_attention_heads
+        if self.hidden_size % heads:
+            raise ChatGLMError(where, "hidden_size", self.hidden_size, f"a multiple of num_attention_heads {heads}")
+        super().check(where)
+
 
 RopeRatioMeaning = Literal["position", "base"]
 
@@ -112,6 +150,7 @@ class ChatGLM2Config(ArchitectureConfig):
     """ChatGLM2-6B, ChatGLM3-6B, CodeGeeX2, GLM-4-9B and codegeex4 in the original (remote code) layout."""
 
     architecture: ClassVar[str] = "chatglm2"
+    takes_trained_prefix: ClassVar[bool] = True
     heads_field: ClassVar[str] = "multi_query_group_num"
     positions_field: ClassVar[str] = "seq_length"
     head_dim_field: ClassVar[str] = "kv_channels"
@@ -231,6 +270,12 @@ class GlmConfig(ArchitectureConfig):
             return self.max_position_embeddings
         return max(self.max_position_embeddings, self.rope_scaling.positions(self.max_position_embeddings))
 
+    def check(self, where: Path | str) -> None:
+        super().check(where)
+        if self.rotary_dim % 2 or self.rotary_dim < 4:
+            seen = f"{self.partial_rotary_factor} of head_dim {self.head_dim}"
+            raise ChatGLMError(where, "partial_rotary_factor", seen, "an even number of dims, at least 4")
+
 
 class Glm4Config(GlmConfig):
     """`glm4` of transformers: GLM-4-0414 and GLM-Z1. The same fields as `glm`."""
@@ -261,7 +306,7 @@ def parse_config(fields: dict[str, Any], where: Path | str = "config.json") -> A
         config = config_class(fields, where).model_validate(fields)
     except ValidationError as error:
         raise field_error(where, fields, error) from None
-    _check_heads(config, where)
+    config.check(where)
     return config
 
 
@@ -278,19 +323,6 @@ def field_error(where: Path | str, fields: dict[str, Any], error: ValidationErro
     wanted = " or ".join(message.removeprefix("Input should be ") for message in messages)
     seen = failures[0]["input"] if nested else fields.get(field, failures[0]["input"])
     return ChatGLMError(where, field, repr(seen), wanted)
-
-
-def _check_heads(config: ArchitectureConfig, where: Path | str) -> None:
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    if heads % groups:
-        raise ChatGLMError(where, config.heads_field, groups, f"a divisor of num_attention_heads {heads}")
-    if config.architecture == "chatglm" and config.hidden_size % heads:
-        raise ChatGLMError(where, "hidden_size", config.hidden_size, f"a multiple of num_attention_heads {heads}")
-    if config.head_dim % 4:
-        raise ChatGLMError(where, config.head_dim_field, config.head_dim, "a multiple of 4")
-    if isinstance(config, GlmConfig) and (config.rotary_dim % 2 or config.rotary_dim < 4):
-        seen = f"{config.partial_rotary_factor} of head_dim {config.head_dim}"
-        raise ChatGLMError(where, "partial_rotary_factor", seen, "an even number of dims, at least 4")
 
 
 def read_config_json(folder: Path | str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from chatglm_ov.config import ArchitectureConfig, parse_config
+from chatglm_ov.config import parse_config
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
 
@@ -78,27 +78,15 @@ def stored_tensors(fields: dict[str, Any]) -> list[RandomTensor]:
     tensors = []
     for name, shape in shapes.items():
         mean, std = _mean_and_std(name, shape)
-        # ChatGLM-6B keeps its norms in float32.
-        stored = "float32" if config.architecture == "chatglm" and "layernorm" in name else dtype
+        stored = "float32" if model.is_float32(name) else dtype
         tensors.append(RandomTensor(name, shape, DTYPES[stored], mean, std, seed_name=seed_names.get(name, name)))
-    return [*_rotary_frequencies(config, DTYPES[dtype]), *tensors]
+    pairs = config.head_dim // 4
+    frequencies = 10000.0 ** (-np.arange(pairs, dtype=np.float32) / pairs)
+    buffers = [RandomTensor(name, (pairs,), DTYPES[dtype], values=frequencies) for name in model.rotary_buffers(config)]
+    return [*buffers, *tensors]
 
 
 def _mean_and_std(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     if name.endswith("norm.weight"):
         return 1.0, 0.05
     return 0.0, shape[1] ** -0.5 if len(shape) == 2 else 0.02
-
-
-def _rotary_frequencies(config: ArchitectureConfig, dtype: np.dtype) -> Iterator[RandomTensor]:
-    """The buffers that the originals store and do not load: ChatGLM-6B one for each layer, the later ones with code
-    of their own one, those of transformers none."""
-    if config.architecture in ("glm", "glm4"):
-        return
-    pairs = config.head_dim // 4
-    values = 10000.0 ** (-np.arange(pairs, dtype=np.float32) / pairs)
-    names = ["transformer.rotary_pos_emb.inv_freq"]
-    if config.architecture == "chatglm":
-        names = [f"transformer.layers.{i}.attention.rotary_emb.inv_freq" for i in range(config.num_layers)]
-    for name in names:
-        yield RandomTensor(name, (pairs,), dtype, values=values)

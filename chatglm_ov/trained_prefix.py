@@ -85,7 +85,7 @@ def read_prefix(weights: Checkpoint, config: ArchitectureConfig) -> TrainedPrefi
     """Keys and values of the prefix encoder in `weights`: its embedding [P, 2 L G D], or with a projection
     W_2 tanh(W_0 e + b_0) + b_2 of each row e. Raises ChatGLMError for tensors that are missing, left over, of another
     model, or not finite."""
-    if config.architecture not in ("chatglm", "chatglm2"):
+    if not config.takes_trained_prefix:
         raise ChatGLMError(weights.folder, "prefix_encoder", "there", f"none: {config.architecture} models have none")
     features = 2 * config.num_layers * config.num_key_value_heads * config.head_dim
     found = {name.removeprefix(ENCODER): _floats(weights, name) for name in weights.names if name.startswith(ENCODER)}

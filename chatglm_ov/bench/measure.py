@@ -19,7 +19,7 @@ import numpy as np
 
 from chatglm_ov.bench.limits import Limits
 from chatglm_ov.bench.work import weight_bytes
-from chatglm_ov.config import ArchitectureConfig, ChatGLMConfig
+from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.ir_reading import read_ir
 from chatglm_ov.memory import give_back, memory
@@ -61,9 +61,9 @@ class Case:
 
     def check(self, config: ArchitectureConfig, steps: int) -> None:
         """Raises ChatGLMError where the model has no place for it."""
-        option, least = ("--context", WARM_STEPS + steps + 2) if self.filled else ("--prompt-tokens", 1)
-        if config.architecture == "chatglm" and not self.filled:
-            least = 2  # [gMASK] <sop>
+        option, least = "--prompt-tokens", max(1, len(config.prompt_end))
+        if self.filled:
+            option, least = "--context", WARM_STEPS + steps + 2
         more = 0 if self.filled else WARM_STEPS + steps
         limit = config.max_positions
         if self.tokens < least:
@@ -242,17 +242,13 @@ def run_steps(runs: Sequence[CaseRun], steps: int, read: ReadBandwidth | None) -
 class Tokens:
     """Random token ids [B, N] for a prompt in `calls` and `following` steps, with the inputs that belong to them.
 
-    The first call of ChatGLM-6B ends with [gMASK] <sop>, as a prompt of it does."""
+    The first call ends as a prompt of the model does."""
 
     def __init__(self, config: ArchitectureConfig, batch: int, calls: Sequence[int], following: int):
         module = architecture(config)
-        marks: list[int] = []
-        if isinstance(config, ChatGLMConfig):
-            marks = [config.gmask_token_id, config.bos_token_id, config.mask_token_id]
-        ordinary = np.setdiff1d(np.arange(config.vocab_rows), marks)
+        ordinary = np.setdiff1d(np.arange(config.vocab_rows), config.position_marks)
         self.ids = np.random.default_rng(0).choice(ordinary, (batch, sum(calls) + following))
-        if marks:
-            self.ids[:, calls[0] - 2 : calls[0]] = marks[:2]
+        self.ids[:, calls[0] - len(config.prompt_end) : calls[0]] = config.prompt_end
         self.mask = np.ones_like(self.ids)
         self.positions = module.position_ids(config, self.ids, self.mask)
         self.prefix = module.prefix_length(config, self.ids, self.mask)

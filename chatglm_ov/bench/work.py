@@ -44,7 +44,7 @@ PROJECTIONS = (".query_key_value.", ".qkv_proj.")
 
 def prompt_operations(config: ArchitectureConfig, tokens: int, rows: int, ops: str) -> int:
     """Operations (2 a multiply-add) of a prompt of T tokens in B rows: linear layers, the LM head for the last token,
-    scores and context of attention. A token sees those before it, in ChatGLM-6B the whole prompt. The fused lowering
+    scores and context of attention. A token sees those before it, or the whole prompt. The fused lowering
     leaves out what only the other tokens' logits would need: that is not counted."""
     module = architecture(config)
     shapes = graph_shapes(config)
@@ -56,6 +56,6 @@ def prompt_operations(config: ArchitectureConfig, tokens: int, rows: int, ops: s
         last = f".{config.num_layers - 1}."
         behind = [name for name in matrices if last in name and not any(part in name for part in PROJECTIONS)]
         once += sum(matrices.pop(name) for name in behind)
-    pairs = tokens * tokens if config.architecture == "chatglm" else tokens * tokens // 2
+    pairs = tokens * tokens if config.sees_whole_prompt else tokens * tokens // 2
     attention = 4 * pairs * config.num_attention_heads * config.head_dim * config.num_layers
     return rows * (2 * sum(matrices.values()) * tokens + 2 * once + attention)

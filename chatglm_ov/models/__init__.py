@@ -6,6 +6,8 @@ Each module has
 - `stacked_weights(config) -> dict[str, tuple[str, ...]]`: weights that the graph reads as one, their rows one after
   another, by a name of their own;
 - `is_ignored(config, name) -> bool`: stored tensors that the model does not read;
+- `rotary_buffers(config) -> list[str]`: those of them that hold rotary frequencies, in a checkpoint as published;
+- `is_float32(name) -> bool`: tensors that a checkpoint of 16 bits stores in float32;
 - `build(config, lowering) -> openvino.Model`: the graph, in the words of `chatglm_ov.lowering`;
 - `EMBEDDING` and `LM_HEAD`: names of these two weights; a tied model stores no `LM_HEAD`;
 - `key_order(config) -> numpy.ndarray`: where the dims of a key lie in the cache, by their place in the checkpoint's;
