@@ -123,6 +123,11 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         )
         return cls(OVChatGLMConfig.from_folder(folder, compiled.config), compiled)
 
+    @classmethod
+    def _from_config(cls, config: OVChatGLMConfig, **kwargs: Any) -> Any:
+        """What `AutoModelForCausalLM.from_config` calls, for a model with random weights: not offered."""
+        raise ChatGLMError("from_config", "weights", "none", "from_pretrained() with a converted folder")
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Not offered: the converted folder is the saved form, and complete by itself."""
         folder = self.config.name_or_path

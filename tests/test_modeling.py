@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from golden_sets import GOLDENS, cases, model_inputs, open_model  # noqa: F401
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert
 from chatglm_ov.generation.cache import StateCache
@@ -314,6 +314,8 @@ def test_config_has_what_generate_asks_for(golden, open_model):
     assert model.can_generate()
     with pytest.raises(ChatGLMError, match="save_pretrained"):
         model.save_pretrained("anywhere")
+    with pytest.raises(ChatGLMError, match="from_config: weights is none"):
+        AutoModelForCausalLM.from_config(model.config)
 
 
 @pytest.fixture(scope="module")
