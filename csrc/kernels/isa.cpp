@@ -14,8 +14,14 @@
 namespace chatglm {
 namespace {
 
+// Bit 29 of ECX of CPUID leaf 1; Clang does not know it by name before release 19.
+bool has_f16c() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & 1u << 29) != 0;
+}
+
 bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 
 // Bit 4 of EAX of CPUID leaf 7, subleaf 1.
@@ -52,6 +58,16 @@ bool has_amx() {
     return has_avx512_bf16() && has_amx_flags() && request_amx_permission() && survives(amx::one_tile_trial);
 }
 
+// In a virtual machine each CPUID goes through the hypervisor: microseconds, so this is asked once.
+bool is_amd_family(unsigned wanted) {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    __get_cpuid(0, &eax, &ebx, &ecx, &edx);
+    const bool amd = ebx == signature_AMD_ebx && ecx == signature_AMD_ecx && edx == signature_AMD_edx;
+    __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+    const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
+    return amd && family == wanted;
+}
+
 std::string names_of(const std::vector<Isa>& levels) {
     std::string joined;
     for (Isa isa : levels) {
@@ -85,12 +101,8 @@ bool is_present(Isa isa) {
 }
 
 bool prefers_page_reach() {
-    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    __get_cpuid(0, &eax, &ebx, &ecx, &edx);
-    const bool amd = ebx == signature_AMD_ebx && ecx == signature_AMD_ecx && edx == signature_AMD_edx;
-    __get_cpuid(1, &eax, &ebx, &ecx, &edx);
-    const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
-    return amd && family == 0x19;
+    static const bool prefers = is_amd_family(0x19);
+    return prefers;
 }
 
 std::vector<Isa> present_levels() {

@@ -20,14 +20,14 @@ constexpr int64_t kPageBytes = 4096;
 // Measured on Zen 5: into the second-level cache; half of the distance is not enough where the memory is fast.
 struct FarReach {
     static constexpr int64_t kBytes = 8192;
-    static constexpr _mm_hint kHint = _MM_HINT_T1;
+    static constexpr auto kHint = _MM_HINT_T1;
 };
 // Of one row, on processors of prefers_page_reach (isa.h). Measured on Zen 4, as a share of what a core can read: int8
 // 93 % where FarReach has 73, bf16 95 and 75, int4 85 and 80; at 3072 to 6144 bytes up to 7 % less. With four rows it
 // is the other way round, int8 60 and 79 %: presumably what was brought so near does not stay until it is met.
 struct PageReach {
     static constexpr int64_t kBytes = kPageBytes;
-    static constexpr _mm_hint kHint = _MM_HINT_NTA;
+    static constexpr auto kHint = _MM_HINT_NTA;
 };
 
 // Of so many rows, where one row has `Reach`.
