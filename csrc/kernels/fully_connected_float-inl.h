@@ -6,6 +6,7 @@
 //   kColumns                     columns of a line
 //   part(line, i)                the vector i of a line
 //   add(sum, weights, word)      sum plus the products
+//   add_from(sum, weights, word) the same with a word in memory, for rows that meet one line only
 //   convert(x, count, columns, words)   columns of x to words, those from `count` on zero
 //   kStreamRows                  rows that read one stream of weights; more pass in tiles
 #pragma once
@@ -153,8 +154,7 @@ template <typename Format, typename Reach, int kRows>
             const Floats weights = Format::part(line, part);
 #pragma GCC unroll 24
             for (int r = 0; r < kRows; ++r) {
-                const Floats word = Floats(_mm512_set1_epi32(static_cast<int32_t>(x[part * kRows + r])));
-                sums[r][part] = Format::add(sums[r][part], weights, word);
+                sums[r][part] = Format::add_from(sums[r][part], weights, x + part * kRows + r);
             }
         }
     }

@@ -72,9 +72,14 @@ template <typename Format, int kRows, int kPanels, int kPlanes>
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
         for (int l = 0; l < kPlanes; ++l) {
-            const Bytes four = broadcast_bytes(codes + ((part * kRows + r) * kPlanes + l) * 4);
+            const int8_t* four = codes + ((part * kRows + r) * kPlanes + l) * 4;
+            if constexpr (kColumns == 1) {
+                sums[r][l][0] = add_products_from(sums[r][l][0], w[0], four);
+            } else {
+                const Bytes x = broadcast_bytes(four);
 #pragma GCC unroll 4
-            for (int c = 0; c < kColumns; ++c) sums[r][l][c] = add_products(sums[r][l][c], w[c], four);
+                for (int c = 0; c < kColumns; ++c) sums[r][l][c] = add_products(sums[r][l][c], w[c], x);
+            }
         }
     }
 }

@@ -29,6 +29,14 @@ inline Bytes broadcast_word(int32_t word) { return _mm512_set1_epi32(word); }
 // Adds the products of four unsigned and four signed bytes a lane.
 inline Ints add_products(Ints sum, Bytes codes, Bytes x) { return Ints(_mm512_dpbusd_epi32(__m512i(sum), codes, x)); }
 
+// The same with the four bytes at `four` in all lanes. The instruction takes them from memory by itself; GCC 12 makes two
+// of it.
+inline Ints add_products_from(Ints sum, Bytes codes, const int8_t* four) {
+    typedef int32_t Word [[gnu::may_alias, gnu::aligned(1)]];
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const Word*>(four)));
+    return sum;
+}
+
 // The products of two 16-bit numbers a lane, added.
 inline Ints multiply_words(Ints a, int32_t word) {
     return Ints(_mm512_madd_epi16(__m512i(a), _mm512_set1_epi32(word)));
@@ -52,6 +60,12 @@ inline Bytes broadcast_word(int32_t word) { return _mm256_set1_epi32(word); }
 
 inline Ints add_products(Ints sum, Bytes codes, Bytes x) {
     return Ints(_mm256_dpbusd_avx_epi32(__m256i(sum), codes, x));
+}
+
+inline Ints add_products_from(Ints sum, Bytes codes, const int8_t* four) {
+    int32_t word;
+    std::memcpy(&word, four, sizeof word);
+    return add_products(sum, codes, broadcast_word(word));
 }
 
 inline Ints multiply_words(Ints a, int32_t word) {

@@ -11,6 +11,9 @@ struct OfFloats {
     static constexpr int kStreamRows = 12;  // of two sums each with bf16 weights: 24 registers
 
     static Floats add(Floats sum, Floats weights, Floats x) { return multiply_add(weights, x, sum); }
+    static Floats add_from(Floats sum, Floats weights, const uint32_t* word) {
+        return add(sum, weights, Floats(_mm512_set1_epi32(static_cast<int32_t>(*word))));
+    }
 
     static void convert(const float* x, int64_t count, int64_t columns, uint32_t* words) {
         std::memcpy(words, x, static_cast<size_t>(count) * 4);

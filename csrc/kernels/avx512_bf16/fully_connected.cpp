@@ -22,6 +22,12 @@ struct Dot {
         return Floats(_mm512_dpbf16_ps(__m512(sum), (__m512bh)weights, (__m512bh)x));
     }
 
+    // The instruction takes the word from memory by itself; GCC 12 makes two of it.
+    static Floats add_from(Floats sum, Floats weights, const uint32_t* word) {
+        asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(weights), "m"(*word));
+        return sum;
+    }
+
     // columns is a multiple of 32, as K is padded.
     static void convert(const float* x, int64_t count, int64_t columns, uint32_t* words) {
         for (int64_t i = 0; i < columns; i += 2 * kLanes) {
