@@ -44,8 +44,8 @@ PROJECTIONS = (".query_key_value.", ".qkv_proj.")
 
 def prompt_operations(config: ArchitectureConfig, tokens: int, rows: int, ops: str) -> int:
     """Operations (2 a multiply-add) of a prompt of T tokens in B rows: linear layers, the LM head for the last token,
-    scores and context of attention. A token sees those before it, or the whole prompt. The fused lowering
-    leaves out what only the other tokens' logits would need: that is not counted."""
+    scores and context of attention. A token sees those before it, or the whole prompt. The fused lowering leaves out
+    what only the other tokens' logits would need: that is not counted."""
     module = architecture(config)
     shapes = graph_shapes(config)
     matrices = {name: prod(shape) for name, shape in shapes.items() if len(shape) == 2}

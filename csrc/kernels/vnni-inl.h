@@ -62,12 +62,6 @@ inline Ints add_products(Ints sum, Bytes codes, Bytes x) {
     return Ints(_mm256_dpbusd_avx_epi32(__m256i(sum), codes, x));
 }
 
-inline Ints add_products_from(Ints sum, Bytes codes, const int8_t* four) {
-    int32_t word;
-    std::memcpy(&word, four, sizeof word);
-    return add_products(sum, codes, broadcast_word(word));
-}
-
 inline Ints multiply_words(Ints a, int32_t word) {
     return Ints(_mm256_madd_epi16(__m256i(a), _mm256_set1_epi32(word)));
 }

@@ -29,8 +29,8 @@ struct Weight {
 // int8: a line of codes is 4 columns, a group is a block.
 struct Int8 {
     static constexpr int kStep = 4;  // columns of a line
-    // Of a stream of 16 registers. Measured: with more, whose codes come from the second-level cache for each panel, a
-    // Zen 5 is slower than in tiles where the memory is fast, a Zen 4 as fast.
+    // Registers for the sums of a stream. Measured: with more, where the codes of x come from the second-level cache for
+    // each panel, Zen 5 is slower than in tiles where the memory is fast, Zen 4 as fast.
     static constexpr int kStreamSums = 16;
 
     static Bytes codes(Bytes line, int) { return line; }
