@@ -10,12 +10,16 @@ export PYTEST_ADDOPTS := --numprocesses=logical --maxprocesses=4 --dist=workstea
 
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint test-newest test-matrix test-sanitized clean
+.PHONY: demo test checks lint matrix-releases test-newest test-matrix test-sanitized clean
 
 demo: $(VENV)/.installed
 	$(BIN)/chatglm-ov demo
 
-test: lint test-newest test-matrix test-sanitized
+test: checks test-newest test-matrix test-sanitized
+
+# One needs a core, the other the network.
+checks: $(VENV)/.installed-dev
+	$(MAKE) --jobs=2 lint matrix-releases
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -26,6 +30,9 @@ test-newest: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
 # Older releases of transformers, from the oldest that the package supports, in front of the same torch and OpenVINO.
+matrix-releases: $(VENV)/.installed-dev
+	tests/matrix.sh --install
+
 test-matrix: $(VENV)/.installed-dev
 	tests/matrix.sh
 

@@ -33,17 +33,22 @@ def _core_with_operations() -> ov.Core:
 def runnable_ir(path: Path, config: ArchitectureConfig, weight_format: str) -> ov.Model:
     """The graph in `path` as `read_ir` gives it, but fused operations that cannot run here, for want of the native
     library, are made stock ones; a warning says so."""
-    reason = why_unpacked(path)
+    described = described_ir(path)
+    reason = _why_unpacked(path, described)
     if reason is None:
-        return _advised(path)
+        return _advised(path, described)
     with unpacked_ir(path, config, weight_format, reason) as unpacked:
-        return _advised(unpacked)
+        return _advised(unpacked, described_ir(unpacked))
 
 
 def why_unpacked(path: Path) -> str | None:
     """Why the fused operations in `path` cannot run here, so that they are unpacked at load; None where they are not.
     Raises ChatGLMError where they cannot be unpacked either."""
-    described, reason = described_ir(path), unavailable()
+    return _why_unpacked(path, described_ir(path))
+
+
+def _why_unpacked(path: Path, described: dict[str, str]) -> str | None:
+    reason = unavailable()
     if reason is None or described.get("ops") != "fused":
         return None
     check_forced_level()
@@ -51,8 +56,8 @@ def why_unpacked(path: Path) -> str | None:
     return reason
 
 
-def _advised(path: Path) -> ov.Model:
-    model = read_ir(path)
+def _advised(path: Path, described: dict[str, str]) -> ov.Model:
+    model = _read(path, described)
     advise_huge_pages(model, path.with_name(WEIGHTS_NAME).stat().st_size)
     return model
 
@@ -60,7 +65,11 @@ def _advised(path: Path) -> ov.Model:
 def read_ir(path: Path) -> ov.Model:
     """The graph in `path`, an openvino_model.xml, over its mapped weights. Raises ChatGLMError if it is damaged, of
     another version, or made of operations that cannot run here."""
-    reader = _core_for(path, described_ir(path))
+    return _read(path, described_ir(path))
+
+
+def _read(path: Path, described: dict[str, str]) -> ov.Model:
+    reader = _core_for(path, described)
     try:
         model = reader.read_model(path)
     except RuntimeError as error:

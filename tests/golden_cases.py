@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_sets import GOLDENS, OPS, ROOTS, Golden, each_ops, without_library  # noqa: F401
+from golden_sets import GOLDENS, OPS, ROOTS, Golden, each_ops, here, without_library  # noqa: F401
 from safetensors.numpy import save_file
 
 from chatglm_ov import convert
@@ -36,7 +36,7 @@ def small(name: str) -> Golden:
 V1, V2 = small("v1_tiny"), small("v2_tiny")
 each_small = pytest.mark.parametrize("golden", [V1, V2], ids=str)
 each_golden = pytest.mark.parametrize("golden", GOLDENS, ids=str)
-CHATS = [Golden(name, path.parent) for name, root in ROOTS.items() for path in sorted(root.rglob("chat.json"))]
+CHATS = here("chat.json")
 
 
 @dataclass(frozen=True)

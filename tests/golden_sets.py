@@ -59,12 +59,13 @@ class Golden:
         return f"{self.root}-{self.folder.name}"
 
 
-GOLDENS = [
-    Golden(name, path.parent)
-    for name, root in ROOTS.items()
-    for path in sorted(root.rglob("golden.npz"))
-    if not path.parent.name.endswith("_chat")
-]
+def here(file: str) -> list[Golden]:
+    """The sets that have that file, each once: those in tests/data are parts of full ones."""
+    found = {path.parent.name: Golden(name, path.parent) for name, root in ROOTS.items() for path in root.rglob(file)}
+    return [found[name] for name in sorted(found)]
+
+
+GOLDENS = [golden for golden in here("golden.npz") if not golden.folder.name.endswith("_chat")]
 
 
 def cases(what: str) -> list:

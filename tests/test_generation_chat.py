@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from golden_sets import ROOTS
+from golden_sets import here
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, pipeline
 
 from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert, load_tokenizer
@@ -28,10 +28,8 @@ pytestmark = pytest.mark.transformers_matrix
 
 DATA = Path(__file__).parent / "data"
 SETS = [
-    pytest.param((name, path.parent), id=f"{root}-{name}")
-    for root, folder in ROOTS.items()
-    for name in ("v1", "glm4")
-    for path in sorted((folder / name).glob("*_chat/chat.json"))
+    pytest.param((golden.folder.parent.name, golden.folder), id=f"{golden.root}-{golden.folder.parent.name}")
+    for golden in here("chat.json")
 ]
 
 

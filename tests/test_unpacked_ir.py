@@ -19,7 +19,7 @@ from command_line import PROGRAM, Outcome, finish, make_checkpoint, spawn
 from conversions import dead_process
 from glm_models import EDGE, reference, saved
 from golden_cases import V2, each_small, own_prompt
-from golden_sets import ROOTS, without_library
+from golden_sets import here, without_library
 from unpacked import REASON, check_same
 
 from chatglm_ov import ChatGLMError, convert, finished_folder
@@ -39,7 +39,7 @@ MIXED = FormatChoices(
     embedding_format="f32",
     layer_formats={"*.layers.0.*": "bf16", "*dense_4h_to_h*": "int8"},
 )
-CHECKPOINTS = sorted(path for root in ROOTS.values() for path in root.rglob("checkpoint"))
+CHECKPOINTS = [golden.checkpoint for golden in here("golden.npz")]
 IDS = np.array([[5, 6, 7, 8, 9, 10, 11]])
 
 
@@ -78,7 +78,7 @@ def test_weights_are_those_of_the_stock_lowering(golden, tmp_path: Path):
     check_same(golden.checkpoint, FORMATS, tmp_path)
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda path: f"{path.parents[2].name}-{path.parent.name}")
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda path: path.parent.name)
 def test_each_golden_checkpoint(checkpoint: Path, tmp_path: Path):
     check_same(checkpoint, ("int8",), tmp_path)
 

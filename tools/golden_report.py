@@ -83,11 +83,9 @@ def device_precision(model: CompiledModel) -> str:
 
 
 def report(formats: list[str], lowerings: list[str], precisions: list[str], console: Console) -> list[Row]:
-    # The small sets are selections of the full ones.
-    full = [golden for golden in GOLDENS if golden.root == "shared"]
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        for golden in track(full or GOLDENS, "comparing", console=console, transient=True):
+        for golden in track(GOLDENS, "comparing", console=console, transient=True):
             made = {ops: Path(temporary) / ops / golden.folder.name for ops in lowerings}
             folders = [convert(golden.checkpoint, folder, formats, ops, progress=False) for ops, folder in made.items()]
             rows += [
