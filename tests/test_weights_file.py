@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import openvino as ov
+import openvino.opset13 as ops
 import pytest
 from golden_cases import V1, V2, each_small
 from golden_sets import Golden
@@ -256,6 +257,23 @@ def test_ir_computes_what_the_graph_did(golden, weight_format, tmp_path: Path):
         write_ir(parts.model, parts.file, xml)
     # The marks, which the graph has not, let the plugin choose another kernel: equal to rounding.
     assert np.abs(core.compile_model(xml, "CPU", f32)(inputs)["logits"] - graph).max() < 1e-4
+
+
+def test_openvino_reads_weights_that_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It reads all of them when it writes the XML: of those that are not there yet holes, in small pages for good."""
+    seen, values, serialize = [], np.arange(1000, dtype=np.float32), ov.serialize
+    path = tmp_path / "openvino_model.bin"
+
+    def spied(*arguments):
+        seen.append(path.read_bytes())
+        serialize(*arguments)
+
+    monkeypatch.setattr("chatglm_ov.weights.ir.ov.serialize", spied)
+    with WeightsFile(path) as file:
+        file.write("values", values)
+        model = ov.Model([ops.result(ops.negative(file.constant("values", "f32", values.shape)))], [])
+        write_ir(model, file, path.with_suffix(".xml"))
+    assert [contents[: values.nbytes] for contents in seen] == [values.tobytes()]
 
 
 def test_unwritable_xml_is_an_os_error(tmp_path: Path):

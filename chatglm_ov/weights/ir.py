@@ -39,6 +39,8 @@ def write_ir(model: ov.Model, weights: WeightsFile, xml_path: Path) -> None:
         name = node.get_friendly_name()
         if node.get_type_name() == "Constant" and name not in weights.entries:
             weights.write(name, node.data)
+    # OpenVINO reads all constants: of what is not in the file yet that would be holes, whose pages are small ones.
+    weights.flush()
     with _nowhere(xml_path.with_suffix(".nowhere")) as unwanted:
         try:
             ov.serialize(model, str(xml_path), str(unwanted))
