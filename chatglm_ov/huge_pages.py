@@ -1,4 +1,4 @@
-"""Asks Linux to read mapped weights in huge pages.
+"""Huge pages of Linux for mapped weights.
 
 A weights file that is not in memory yet then comes in pieces of 2 MB, each one entry of the page tables, instead of a
 few dozen kilobytes at a time. What is in memory already stays as it is.
@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from pathlib import Path
 
 import openvino as ov
 
 LEAST_BYTES = 2 << 20
 """Constants that are smaller fill no huge page."""
+
+
+CACHED_BYTES = 64 << 20
+"""A file of which no more is in memory may lie in the processor's caches, and its pages do not count."""
 
 
 def advise_huge_pages(model: ov.Model, file_bytes: int) -> bool:
@@ -36,3 +41,22 @@ def advise_huge_pages(model: ov.Model, file_bytes: int) -> bool:
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return advise(begin, end - begin, advice) == 0
+
+
+def small_page_share(file: Path, maps: Path = Path("/proc/self/smaps")) -> float | None:
+    """Of what this process has mapped of a file and is in memory, the part that does not lie in huge pages; None where
+    that is little or the system (`maps`) does not tell."""
+    try:
+        lines = maps.read_text().splitlines()
+    except OSError:
+        return None
+    mapped, in_memory, huge = False, 0, 0
+    for line in lines:
+        name, *words = line.split()
+        if not name.endswith(":"):  # of the next piece: its addresses, and what is mapped
+            mapped = line.endswith(f" {file}")
+        elif mapped and name == "Rss:":
+            in_memory += int(words[0]) << 10
+        elif mapped and name == "FilePmdMapped:":
+            huge += int(words[0]) << 10
+    return 1 - huge / in_memory if in_memory > CACHED_BYTES else None

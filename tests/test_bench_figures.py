@@ -222,9 +222,18 @@ def test_rounds_that_were_disturbed_are_told() -> None:
     # The third sample lies between the second round and the third one.
     assert disturbed_rounds({"read": [10, 10, 5, 10, 10], "int8": steady}) == [1, 2]
     assert disturbed_rounds({"read": steady, "int8": [8, 10, 10, 10, 10]}) == [0]
-    found = {"weight_format": "int8", "disturbed_rounds": [1, 2], "left_out": []}
+    found = {"weight_format": "int8", "disturbed_rounds": [1, 2], "small_page_share": None, "left_out": []}
     (told,) = remarks({"weight_formats": [found]})
     assert told.startswith("int8: a limit fell by more than a tenth around round 2, 3")
+
+
+@pytest.mark.parametrize(("shares", "told"), [([0.02, 0.131], ["13 %"]), ([0.02], []), ([], [])])
+def test_many_small_pages_are_told(shares: list[float], told: list[str]) -> None:
+    records = [record(Variant("int8", "fused", 16), [1.0], [[0.01]]), record(Variant("int8", "stock"), [1.0], [[1.0]])]
+    records[0].small_pages += shares
+    found = format_report(small_config(), records, 1, limits_of([1e9, 1e9]), [])
+    seen = [remark for remark in remarks({"weight_formats": [found]}) if "small pages" in remark]
+    assert [remark.split(" of the mapped")[0] for remark in seen] == [f"int8: {share}" for share in told]
 
 
 def test_tables_have_a_cell_for_every_column(tmp_path: Path) -> None:

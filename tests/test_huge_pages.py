@@ -10,7 +10,7 @@ import openvino as ov
 import openvino.opset15 as ops
 import pytest
 
-from chatglm_ov.huge_pages import LEAST_BYTES, advise_huge_pages
+from chatglm_ov.huge_pages import CACHED_BYTES, LEAST_BYTES, advise_huge_pages, small_page_share
 
 linux = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no MADV_HUGEPAGE")
 
@@ -50,3 +50,41 @@ def test_small_weights_are_left_alone():
 def test_weights_in_memory_of_their_own_are_left_alone():
     """Two constants cannot lie in a file that is smaller than one."""
     assert not advise_huge_pages(model_of(LEAST_BYTES, LEAST_BYTES), LEAST_BYTES - 1)
+
+
+SMAPS = """\
+7f0000000000-7f0008000000 r--p 00000000 fe:00 11    /models/a b/openvino_model.bin
+Size:             131072 kB
+Rss:              100000 kB
+FilePmdMapped:     60000 kB
+VmFlags: rd mr mw me hg
+7f0008000000-7f0009000000 r--p 08000000 fe:00 11    /models/a b/openvino_model.bin
+Rss:               20000 kB
+FilePmdMapped:     18000 kB
+7f0009000000-7f0019000000 rw-p 00000000 00:00 0
+Rss:              262144 kB
+FilePmdMapped:         0 kB
+7f0019000000-7f0029000000 r--p 00000000 fe:00 12    /models/b/openvino_model.bin
+Rss:               60000 kB
+FilePmdMapped:         0 kB
+"""
+
+
+def test_share_of_small_pages_is_of_all_pieces_of_the_file(tmp_path: Path):
+    maps = tmp_path / "smaps"
+    maps.write_text(SMAPS)
+    assert small_page_share(Path("/models/a b/openvino_model.bin"), maps) == pytest.approx(1 - 78 / 120)
+    for unknown in ("/models/b/openvino_model.bin", "/models/c/openvino_model.bin"):
+        assert small_page_share(Path(unknown), maps) is None
+    assert small_page_share(Path("/models/a b/openvino_model.bin"), tmp_path / "missing") is None
+
+
+@linux
+def test_share_of_small_pages_in_this_process(tmp_path: Path):
+    file = tmp_path / "weights.bin"
+    file.write_bytes(bytes(CACHED_BYTES + LEAST_BYTES))
+    assert small_page_share(file) is None
+    weights = np.memmap(file, np.uint8, "r")
+    assert weights[:: mmap.PAGESIZE].max() == 0
+    share = small_page_share(file)
+    assert share is not None and 0 <= share <= 1

@@ -21,13 +21,14 @@ from chatglm_ov.bench.limits import Limits
 from chatglm_ov.bench.work import weight_bytes
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.huge_pages import small_page_share
 from chatglm_ov.ir_reading import read_ir
 from chatglm_ov.memory import give_back, memory
 from chatglm_ov.models import architecture
 from chatglm_ov.native import unavailable
 from chatglm_ov.processors import THREADS
 from chatglm_ov.runtime import CompiledModel, Request, load_model
-from chatglm_ov.weights.ir import IR_NAME
+from chatglm_ov.weights.ir import IR_NAME, WEIGHTS_NAME
 
 WARM_STEPS = 2
 STEPS_AT_ONCE = 2
@@ -120,7 +121,8 @@ class Times:
 @dataclass
 class Record:
     """What is known of a variant. load: seconds from the folder to the end of the first inference, of one or two
-    tokens. anonymous_*: bytes that the process had more when it was compiled, and after that inference."""
+    tokens. anonymous_*: bytes that the process had more when it was compiled, and after that inference. small_pages:
+    what part of weights that are used in the mapped file does not lie in huge pages, where that is known."""
 
     variant: Variant
     cases: dict[Case, Times]
@@ -128,6 +130,7 @@ class Record:
     load: list[float] = field(default_factory=list)
     anonymous_compiled: list[int] = field(default_factory=list)
     anonymous_first: list[int] = field(default_factory=list)
+    small_pages: list[float] = field(default_factory=list)
 
 
 def run_rounds(
@@ -179,6 +182,10 @@ def take_turn(
             runs.append(CaseRun(model, case, steps, record.cases[case]))
             report(f"{record.variant.label}: {case.tokens} tokens, batch {case.batch}")
         run_steps(runs, steps, read)
+    for record in records:
+        weights = folders[record.variant.ops] / record.variant.weight_format / WEIGHTS_NAME
+        if record.variant.ops == "fused" and (share := small_page_share(weights.resolve())) is not None:
+            record.small_pages.append(share)
 
 
 def _timed_load(record: Record, folder: Path, threads: int | None) -> CompiledModel:

@@ -50,6 +50,7 @@ def format_report(
         "weight_format": records[0].variant.weight_format,
         "limits": known or None,
         "disturbed_rounds": disturbed_rounds(limits.samples) if known else [],
+        "small_page_share": max((share for record in records for share in record.small_pages), default=None),
         "models": models,
         "left_out": list(left_out),
         "against_stock": _against_stock(models),

@@ -33,9 +33,14 @@ def remarks(report: dict[str, Any]) -> Iterator[str]:
         if found["disturbed_rounds"]:
             rounds = ", ".join(str(i + 1) for i in found["disturbed_rounds"])
             yield f"{name}: a limit fell by more than a tenth around round {rounds}: something else was running."
+        if (share := found["small_page_share"] or 0) > MANY_SMALL_PAGES:
+            yield f"{name}: {share * 100:.0f} % of the mapped weights lie in small pages, which are read more slowly"
         for reason in found["left_out"]:
             yield f"{name}: {reason}"
 
+
+MANY_SMALL_PAGES = 0.1
+"""Of the mapped weights. A few there always are, where constants meet."""
 
 _CASE = ("model", "tokens", "batch")
 
