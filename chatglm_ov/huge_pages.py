@@ -1,7 +1,7 @@
 """Huge pages of Linux for mapped weights.
 
-A weights file that is not in memory yet then comes in pieces of 2 MB, each one entry of the page tables, instead of a
-few dozen kilobytes at a time. What is in memory already stays as it is.
+Asked for them, it reads a weights file that is not in memory yet in pieces of 2 MB, each one entry of the page tables,
+instead of a few dozen kilobytes at a time. What is in memory already stays as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import openvino as ov
 
 LEAST_BYTES = 2 << 20
 """Constants that are smaller fill no huge page."""
-
 
 CACHED_BYTES = 64 << 20
 """A file of which no more is in memory may lie in the processor's caches, and its pages do not count."""
