@@ -56,6 +56,6 @@ def small_page_share(file: Path, maps: Path = Path("/proc/self/smaps")) -> float
             mapped = line.endswith(f" {file}")
         elif mapped and name == "Rss:":
             in_memory += int(words[0]) << 10
-        elif mapped and name == "FilePmdMapped:":
+        elif mapped and name in ("FilePmdMapped:", "ShmemPmdMapped:"):  # on a disk, in memory
             huge += int(words[0]) << 10
     return 1 - huge / in_memory if in_memory > CACHED_BYTES else None

@@ -60,7 +60,8 @@ FilePmdMapped:     60000 kB
 VmFlags: rd mr mw me hg
 7f0008000000-7f0009000000 r--p 08000000 fe:00 11    /models/a b/openvino_model.bin
 Rss:               20000 kB
-FilePmdMapped:     18000 kB
+FilePmdMapped:         0 kB
+ShmemPmdMapped:    18000 kB
 7f0009000000-7f0019000000 rw-p 00000000 00:00 0
 Rss:              262144 kB
 FilePmdMapped:         0 kB
