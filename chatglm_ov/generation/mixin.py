@@ -18,6 +18,7 @@ from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation import inputs
 from chatglm_ov.generation.cache import CACHE_NAME, CACHE_NAMES, Session, StateCache, one_cache
 from chatglm_ov.generation.inputs import refuse_tensors
+from chatglm_ov.generation.nucleus import without_sorting
 from chatglm_ov.generation.speculative import Choice, check_assistant, decode, guesser
 
 if TYPE_CHECKING:
@@ -240,6 +241,9 @@ class StatefulGenerationMixin(GenerationMixin):
                 model_kwargs[name] = value.repeat_interleave(expand_size, dim=0)
         model_kwargs["prompt_copies"] = expand_size
         return None if input_ids is None else input_ids.repeat_interleave(expand_size, dim=0), model_kwargs
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:  # type: ignore[override]
+        return without_sorting(super()._get_logits_processor(*args, **kwargs))  # type: ignore[misc]
 
     def _get_candidate_generator(  # type: ignore[override]
         self, generation_config: GenerationConfig, *args: Any, assistant_model: Any = None, **kwargs: Any
