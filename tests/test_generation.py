@@ -16,6 +16,7 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
+    TopPLogitsWarper,
     set_seed,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -240,6 +241,14 @@ def test_sampling_with_a_seed_is_reproducible(golden, open_either_model):
     assert not torch.equal(drawn[0][0], drawn[0][1])
     coldest = new_tokens(model, given, **{**options, "top_k": 1})
     assert torch.equal(coldest, golden.tensor("batch_generate")[:, :12])
+
+
+@each_golden
+def test_top_p_does_not_sort_the_vocabulary(golden, open_model, monkeypatch):
+    monkeypatch.setattr(TopPLogitsWarper, "__call__", None)
+    options = {"do_sample": True, "top_p": 0.6, "temperature": 1e-3, "max_new_tokens": 6}
+    drawn = new_tokens(open_model(golden), {"input_ids": golden.tensor("p5_input_ids")}, **options)
+    assert torch.equal(drawn[0], golden.tensor("p5_generate")[:6])
 
 
 class Forbid(LogitsProcessor):

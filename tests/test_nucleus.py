@@ -6,6 +6,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from chatglm_ov.generation.nucleus import Nucleus, without_sorting
 
+pytestmark = pytest.mark.transformers_matrix
 NO_IDS = torch.zeros(1, 0, dtype=torch.int64)
 
 
@@ -31,7 +32,7 @@ def test_what_stays_is_what_transformers_leaves(rows, size, spread, top_p, least
     wanted, ours = both(scores, top_p=top_p, min_tokens_to_keep=least)
     # A token at whose place the sum meets top_p to rounding may stay or go.
     rising = scores.double().sort().values.softmax(-1).cumsum(-1)
-    doubtful = (rising - (1 - top_p)).abs() < 2 ** -22
+    doubtful = (rising - (1 - top_p)).abs() < 2**-22
     assert ((wanted != ours).sum(-1) <= doubtful.sum(-1)).all()
     assert torch.equal(scores, given)
 

@@ -52,9 +52,12 @@ class Choice:
 
     def token(self, scores: torch.Tensor) -> torch.Tensor:
         """The next one, int64 [1], of scores [1, V]."""
-        if self.config.do_sample:
-            return torch.multinomial(scores.softmax(-1), 1)[:, 0]
-        return scores.argmax(-1)
+        if not self.config.do_sample:
+            return scores.argmax(-1)
+        # A number is drawn for each token that is asked for: those that top-k and top-p have left.
+        chances = scores[0].softmax(-1)
+        possible = chances.nonzero()[:, 0]
+        return possible[torch.multinomial(chances[possible], 1)]
 
 
 def check_assistant(model: Any, assistant: Any) -> None:
