@@ -14,3 +14,7 @@ class ChatGLMError(Exception):
     def __init__(self, where: Any, field: str, seen: Any, wanted: Any):
         self.where, self.field, self.seen, self.wanted = str(where), field, seen, wanted
         super().__init__(f"{where}: {field} is {seen}, expected {wanted}")
+
+    def __reduce__(self) -> tuple[type[ChatGLMError], tuple[str, str, str, str]]:
+        """What another process is told: values as text, since not all of them can be sent there."""
+        return type(self), (self.where, self.field, f"{self.seen}", f"{self.wanted}")

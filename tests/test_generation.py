@@ -396,8 +396,11 @@ def test_one_prompt_in_the_cache_serves_several_rows(golden, open_either_model):
 @each_golden
 def test_what_needs_the_keys_and_values_is_refused(golden, open_model):
     model, ids = open_model(golden), golden.tensor("p5_input_ids")
-    with pytest.raises(ChatGLMError, match="cache_implementation is 'static'"):
-        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+    for kind in ("static", "paged"):
+        with pytest.raises(ChatGLMError, match=f"cache_implementation is '{kind}', expected none: the cache is inside"):
+            model.generate(ids, max_new_tokens=2, cache_implementation=kind)
+    with pytest.raises(ChatGLMError, match="continuous batching: cache is a paged one"):
+        model.generate_batch([ids[0].tolist()])
     with pytest.raises(ChatGLMError, match="output_hidden_states is True"):
         model.generate(ids, max_new_tokens=2, return_dict_in_generate=True, output_hidden_states=True)
     with pytest.raises(ValueError, match="not used by the model"):

@@ -20,7 +20,7 @@ from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert, load_tokeniz
 from chatglm_ov.chat import chat_format_for
 from chatglm_ov.cli.demo import CHECKPOINT
 from chatglm_ov.generation.cache import StateCache
-from chatglm_ov.generation.chat import _settings
+from chatglm_ov.generation.chat import _of_config, _settings
 from chatglm_ov.generation.stream import stream_tokens
 from chatglm_ov.generation.timing import Stopwatch
 
@@ -243,16 +243,16 @@ def test_wrong_questions_are_refused_before_any_work(case):
 def test_settings_are_the_originals_unless_told(case):
     chat = chat_format_for(case.tokenizer)
     config = SimpleNamespace(max_position_embeddings=4096)
-    settings = _settings(chat, case.tokenizer, 10, {}, config)
+    settings = _settings(chat, 10, {}, config)
     defaults = chat.defaults
     assert settings["do_sample"] is True
     assert (settings["top_p"], settings["temperature"]) == (defaults.top_p, defaults.temperature)
     assert settings["max_length"] == min(defaults.max_length, 4096)
-    told = _settings(chat, case.tokenizer, 10, {"max_new_tokens": 7, "temperature": 0.2, "top_k": 3}, config)
+    told = _settings(chat, 10, {"max_new_tokens": 7, "temperature": 0.2, "top_k": 3}, config)
     assert (told["max_length"], told["temperature"], told["top_k"]) == (17, 0.2, 3)
-    assert _settings(chat, case.tokenizer, 10, {"max_new_tokens": 9999}, config)["max_length"] == 4096
+    assert _settings(chat, 10, {"max_new_tokens": 9999}, config)["max_length"] == 4096
     # Without sampling its parameters say nothing, and the library warns of them.
-    plain = _settings(chat, case.tokenizer, 10, {"do_sample": False}, config)
+    plain = _settings(chat, 10, {"do_sample": False}, config)
     assert (plain["top_p"], plain["temperature"]) == (1.0, 1.0)
 
 
@@ -326,7 +326,7 @@ def test_a_config_of_the_call_counts(case):
     ends = case.model.stop_ids(chat, case.tokenizer, {"generation_config": GenerationConfig(eos_token_id=5)})
     assert 5 in ends and set(chat.stop_token_ids(case.tokenizer)) < set(ends)
     limit = case.model.config.max_position_embeddings if hasattr(case.model.config, "max_position_embeddings") else 4096
-    settings = _settings(chat, case.tokenizer, 9, {"generation_config": longer}, case.model.config)
+    settings = _settings(chat, 9, {"generation_config": longer}, case.model.config)
     assert settings["max_length"] == min(limit, chat.defaults.max_length)
 
 
@@ -349,3 +349,33 @@ def test_sampling_is_the_default_and_follows_the_seed(case):
     *_, (streamed, _) = case.model.stream_chat(case.tokenizer, "你好", max_new_tokens=12, temperature=2.0)
     assert drawn[0] == drawn[1] == streamed
     assert drawn[0] != drawn[2]
+
+
+def test_stop_strings_of_a_config(case):
+    for entry in case.entries:
+        asked = {**question(entry), "do_sample": False, "max_new_tokens": 12, "eos_token_id": -1}
+        whole = case.model.chat(case.tokenizer, **asked)[0]
+        if isinstance(whole, str) and len(whole) >= 6:
+            break
+    stop = whole[len(whole) // 2 :][:2]
+    wanted = case.model.chat(case.tokenizer, **asked, stop_strings=stop)
+    assert len(wanted[0]) < len(whole)
+    of_call = GenerationConfig(do_sample=False, max_new_tokens=12, stop_strings=[stop])
+    del asked["do_sample"], asked["max_new_tokens"]
+    assert case.model.chat(case.tokenizer, **asked, generation_config=of_call) == wanted
+    assert list(case.model.stream_chat(case.tokenizer, **asked, generation_config=of_call))[-1] == wanted
+    of_model = case.model.generation_config
+    try:
+        of_model.stop_strings = stop
+        assert case.model.chat(case.tokenizer, **asked, do_sample=False, max_new_tokens=12) == wanted
+    finally:
+        of_model.stop_strings = None
+
+
+def test_a_config_says_greedy_and_how_long(case):
+    cold = GenerationConfig(do_sample=True, temperature=0.0, max_new_tokens=5)
+    wanted = case.model.chat(case.tokenizer, "ab", do_sample=False, max_new_tokens=5)
+    assert case.model.chat(case.tokenizer, "ab", generation_config=cold) == wanted
+    unsaid = GenerationConfig().max_length
+    lengths = {n: _of_config(GenerationConfig(max_length=n)).get("max_length") for n in (19, 20, 21)}
+    assert lengths == {n: None if n == unsaid else n for n in lengths}

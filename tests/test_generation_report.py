@@ -55,3 +55,10 @@ def test_long_prompt(report, model, monkeypatch):
     assert row[0] == "1024"
     assert model.session.request.past_length == 1024
     assert float(row[3]) > 0
+
+
+def test_sampling(report, model):
+    _, *rows = report.sampling(model, Namespace(tokens=4, rounds=1))
+    assert [row[1] for row in rows] == ["1", "1", "1", "8", "8", "8"]
+    assert all(float(time.split()[0]) > 0 for row in rows for time in row[2:])
+    assert "infer" not in vars(model.session.request)

@@ -283,3 +283,21 @@ def test_pieces_of_transformers_are_refused(open_model):
         model.generate(ids, config, max_new_tokens=2)
     with pytest.raises(ChatGLMError, match="type is list"):
         model.generate(ids, max_new_tokens=2, reuse_cache=True, attention_mask=[[1] * 17])
+
+
+@pytest.mark.parametrize(
+    ("golden", "prompt"), [case for case in cases("input_ids") if "v1" in case.values[0].folder.name]
+)
+def test_a_first_generation_prompt_goes_on_right_before_its_end(golden, prompt, open_either_model):
+    """Where `<sop>` is the first new token, its position is the place of a mask token that may stand far before."""
+    model, ids = open_either_model(golden), golden.tensor(f"{prompt}_input_ids")
+    if len(ids) > 1:
+        pytest.skip("a batch is not reused")
+    wanted = greedy(model, ids)
+    assert torch.equal(greedy(model, ids, reuse_cache=True), wanted)
+    assert model.reused_tokens == ids.shape[1] - 1
+    end = int((ids[0] == model.config.bos_token_id).nonzero()[0])
+    whole = model(ids).past_key_values if hasattr(model(ids), "past_key_values") else model(ids).cache
+    whole.crop(end - ids.shape[1])
+    assert whole.get_seq_length() == end
+    assert torch.equal(greedy(model, ids, past_key_values=whole), wanted)

@@ -230,3 +230,30 @@ def test_one_end_and_a_list_of_it_are_the_same(models, tmp_path):
     assert torch.equal(
         greedy(model, assistant_model=OVChatGLMForCausalLM.from_pretrained(tmp_path / "out")), greedy(model)
     )
+
+
+def test_criteria_get_the_scores_that_are_kept(models):
+    seen = []
+
+    class Watch(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.append(scores)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    model = models("large")
+    options = {"stopping_criteria": StoppingCriteriaList([Watch()]), "prompt_lookup_num_tokens": 4}
+    greedy(model, **options)
+    assert set(seen) == {None}
+    seen.clear()
+    made = greedy(model, return_dict_in_generate=True, output_scores=True, **options)
+    assert [len(scores) for scores in seen] == list(range(1, len(made.scores) + 1))
+    assert all(map(torch.equal, seen[-1], made.scores))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("max_matching_ngram_size", 2.5), ("assistant_early_exit", 2), ("prompt_lookup_num_tokens", 0)],
+)
+def test_what_no_guess_can_be_made_with(models, option, value):
+    with pytest.raises(ChatGLMError, match=f"generate: {option} is {value}"):
+        greedy(models("large"), **{"prompt_lookup_num_tokens": 4, option: value})

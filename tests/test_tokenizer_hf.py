@@ -16,6 +16,7 @@ import pytest
 import torch
 from tokenizer_cases import small_folder, tokenizer_of
 from tokenizer_families import SENTENCES, families, folders, tokenizers  # noqa: F401
+from transformers import AddedToken, StopStringCriteria
 
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.tokenizer import load_tokenizer
@@ -324,3 +325,49 @@ def test_work_grows_with_the_length_and_not_with_its_square(tokenizers, family, 
 
     calls(500)
     assert calls(8_000) < 20 * calls(500)
+
+
+def test_special_tokens_can_be_split(declaring):
+    text = "床[gMASK]前<|user|>"
+    assert declaring.get_command("<|user|>") in declaring.encode(text, add_special_tokens=False)
+    split = declaring.encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert split == declaring.encode_ordinary(text)
+    declaring.split_special_tokens = True
+    assert declaring.tokenize(text) == [declaring._pieces[index] for index in split]
+
+
+@pytest.mark.parametrize("family", ["chatglm2", "chatglm3"])
+def test_added_tokens_keep_to_words_and_swallow_blanks(folders, family):
+    tokenizer = load_tokenizer(folders[family])
+    tokenizer.add_tokens([AddedToken("ab", single_word=True), AddedToken("<y>", lstrip=True, rstrip=True), "ab!"])
+    for text, tokens in {"b ab.": {"ab"}, "bab abb": set(), "ab": {"ab"}, "a <y> b": {"<y>"}, "ab!": {"ab!"}}.items():
+        assert set(tokenizer.tokenize(text)) & {"ab", "<y>", "ab!"} == tokens
+    assert tokenizer.tokenize("a  <y>  b") == tokenizer.tokenize("a<y>b")
+
+
+@families
+def test_ids_of_padding_rows_and_of_nothing(tokenizers, family):
+    tokenizer = tokenizers[family]
+    behind = len(tokenizer)
+    assert tokenizer.decode([behind]) == tokenizer.convert_ids_to_tokens(behind) == ""
+    assert tokenizer.convert_ids_to_tokens([9, behind]) == [tokenizer.convert_ids_to_tokens(9), ""]
+    for ids in (-1, [5, -100], [1 << 40]):
+        with pytest.raises(ChatGLMError, match=r"Tokenizer.convert_ids_to_tokens: token id is (-1|-100|1\d+) at index"):
+            tokenizer.convert_ids_to_tokens(ids)
+
+
+@families
+def test_tokens_as_a_string_are_the_decoded_text(tokenizers, family):
+    tokenizer, text = tokenizers[family], "床前\n\n明\t月   光"
+    tokens = tokenizer.tokenize(text)
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    assert tokenizer.convert_tokens_to_string(tokens).strip() == decoded.strip() == text
+
+
+def test_stop_strings_of_blanks_and_lines_in_v1():
+    tokenizer = tokenizer_of("v1")
+    for stop in ("\n", "\n\n", "\t", "   "):
+        ids = tokenizer.encode(f"床前{stop}", add_special_tokens=False)
+        stops = StopStringCriteria(tokenizer, [stop])
+        assert stops(torch.tensor([ids]), None) and not stops(torch.tensor([ids[:-1]]), None)

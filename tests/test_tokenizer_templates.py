@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 from tokenizer_families import FAMILIES, families, folders, tokenizers  # noqa: F401
@@ -125,3 +126,20 @@ def test_arguments_that_a_fixed_format_cannot_take(tokenizers, family):
             tokenizers[family].apply_chat_template(message, **{name: value})
     with pytest.raises(ChatGLMError, match="conversation is of type list, expected a list of messages, not empty"):
         tokenizers[family].apply_chat_template([])
+
+
+@pytest.mark.parametrize("family", ["chatglm", "chatglm2", "chatglm3", "glm4"])
+def test_template_options_are_those_of_a_call(tokenizers, family):
+    tokenizer, message = tokenizers[family], [{"role": "user", "content": "床前明月光"}]
+    make = partial(tokenizer.apply_chat_template, message, add_generation_prompt=True, return_dict=False)
+    ids = make()
+    for told in ({"pad_to_multiple_of": 32}, {"tokenizer_kwargs": {"pad_to_multiple_of": 32}}):
+        padded = make(padding=True, **told)
+        assert len(padded) % 32 == 0 and padded[-len(ids) :] == ids
+    assert make(truncation="do_not_truncate", max_length=2) == ids
+    assert make(truncation="longest_first", max_length=2) == ids[:2]
+    assert make(enable_thinking=False) == ids
+    with pytest.raises(ChatGLMError, match="padding_side is 'right', expected 'left'"):
+        make(padding=True, padding_side="right")
+    with pytest.raises(ChatGLMError, match="return_assistant_tokens_mask"):
+        make(return_assistant_tokens_mask=True)

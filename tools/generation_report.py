@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""What guessing tokens, reusing a conversation's beginning, long prompts and beams come to.
+"""What guessing tokens, reusing a conversation's beginning, long prompts, beams and sampling come to.
 
     python tools/generation_report.py guesses [--preset chatglm3-6b] [--layers 8] [--weight-format int8]
     python tools/generation_report.py reuse [--history 2048] ...
     python tools/generation_report.py long-prompt [--preset chatglm3-6b-32k] [--layers 2] [--tokens 32768] ...
     python tools/generation_report.py beams [--preset chatglm-6b] [--layers 4] [--tokens 512] ...
+    python tools/generation_report.py sampling [--preset glm-edge-1.5b-chat] [--weight-format int4] [--tokens 64] ...
 
 Random weights at a released model's shapes. `guesses`: the same answer with and without prompt lookup, in turns; which
 answer it is, is forced, so that the weights do not matter: a poem quoted with a line changed, a program with a name
@@ -12,6 +13,8 @@ changed, and poems that the prompt does not have. Ratios of times, medians of th
 turn's first token against computing the whole conversation again. `long-prompt`: the peak of anonymous memory beside
 weights and cache, and the time of the first and of the last quarter of the prompt. `beams`: what a step of four rows
 takes that go on from rows drawn anew in each step, against rows that go on from themselves, early and late.
+`sampling`: what lies between two calls of the model, where tokens are as likely as in a text; with top-p as
+transformers has it and as it is here, in turns.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -39,6 +43,7 @@ from chatglm_ov.bench.models import converted, from_preset
 from chatglm_ov.calibration.text import POEMS
 from chatglm_ov.cli.demo import CHECKPOINT
 from chatglm_ov.conversion import available_ops
+from chatglm_ov.generation import mixin
 from chatglm_ov.memory import growth
 from chatglm_ov.sizes import size
 
@@ -162,19 +167,68 @@ def beams(model: Any, arguments: argparse.Namespace) -> Iterator[list[str]]:
         yield [str(rows), name, f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"]
 
 
+class LikeText(LogitsProcessor):
+    """Chances by rank as in a text, rank ** -1.5, whatever the model says; which tokens, changes from step to step."""
+
+    def __init__(self, vocab_size: int):
+        self._scores = -1.5 * torch.arange(1, vocab_size + 1).log()[torch.randperm(vocab_size)]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self._scores.roll(input_ids.shape[1]).expand_as(scores).clone()
+
+
+def between_calls(model: Any, rows: int, count: int, **options: Any) -> float:
+    """Seconds from the end of a call of the model to the beginning of the next, the median of `count`."""
+    request, calls = model.session.request, []
+
+    def timed(*arguments: Any, **named: Any) -> np.ndarray:
+        start = perf_counter()
+        logits = type(request).infer(request, *arguments, **named)
+        calls.append((start, perf_counter()))
+        return logits
+
+    request.infer = timed
+    try:
+        like_text = LogitsProcessorList([LikeText(model.config.vocab_size)])
+        given = {"eos_token_id": None, "max_new_tokens": count + 1, "logits_processor": like_text, **options}
+        model.generate(random_ids(model, 16).expand(rows, -1), **given)
+    finally:
+        del request.infer
+    return median(start - end for (_, end), (start, _) in pairwise(calls))
+
+
+def sampling(model: Any, arguments: argparse.Namespace) -> Iterator[list[str]]:
+    yield ["a token is", "rows", "between two calls", "with the top-p of transformers"]
+    nucleus = {"do_sample": True, "top_p": 0.8, "temperature": 0.8}
+    ways = {
+        "the likeliest": {"do_sample": False},
+        "of 50, top-p": {**nucleus, "top_k": 50},
+        "top-p": {**nucleus, "top_k": 0},
+    }
+    for rows in (1, 8):
+        for name, options in ways.items():
+            found: dict[Any, list[float]] = {mixin.without_sorting: [], LogitsProcessorList: []}
+            for _ in range(arguments.rounds):
+                for how, times in found.items():
+                    with patch.object(mixin, "without_sorting", how):
+                        times.append(1e3 * between_calls(model, rows, arguments.tokens, **options))
+            yield [name, str(rows), *(f"{median(t):.1f} ms ({min(t):.1f} to {max(t):.1f})" for t in found.values())]
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, preset, layers, tokens in (
-        ("guesses", "chatglm3-6b", 8, 0),
-        ("reuse", "chatglm3-6b", 8, 0),
-        ("long-prompt", "chatglm3-6b-32k", 2, 32768),
-        ("beams", "chatglm-6b", 4, 512),
+    for name, preset, layers, weight_format, tokens in (
+        ("guesses", "chatglm3-6b", 8, "int8", 0),
+        ("reuse", "chatglm3-6b", 8, "int8", 0),
+        ("long-prompt", "chatglm3-6b-32k", 2, "int8", 32768),
+        ("beams", "chatglm-6b", 4, "int8", 512),
+        ("sampling", "glm-edge-1.5b-chat", None, "int4", 64),
     ):
         command = commands.add_parser(name)
         command.add_argument("--preset", default=preset)
         command.add_argument("--layers", type=int, default=layers)
-        command.add_argument("--weight-format", default="int8")
+        command.add_argument("--weight-format", default=weight_format)
         command.add_argument("--rounds", type=int, default=5)
         command.add_argument("--num-tokens", type=int, default=10)
         command.add_argument("--answer", default="", help="only those with this in their name")
@@ -185,7 +239,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    measure = {"guesses": guesses, "reuse": reuse, "long-prompt": long_prompt, "beams": beams}[arguments.command]
+    measures = {"guesses": guesses, "reuse": reuse, "long-prompt": long_prompt, "beams": beams, "sampling": sampling}
+    measure = measures[arguments.command]
     ops, source = available_ops("fused"), from_preset(arguments.preset, arguments.layers)
     with tempfile.TemporaryDirectory() as place, converted(source, arguments.weight_format, [ops], Path(place)) as made:
         model = OVChatGLMForCausalLM.from_pretrained(made[ops], arguments.weight_format)

@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from chatglm_ov.chat import ChatFormat, chat_format_for
 from chatglm_ov.errors import ChatGLMError
@@ -40,10 +40,10 @@ class ChatMixin:
     ) -> tuple[Any, list]:
         """(answer, history with this round). The answer is text, for a tool call a dict with `name`."""
         chat, ids = _prompt(tokenizer, query, history, role)
-        stops = self.stop_ids(chat, tokenizer, options)
-        settings = _settings(chat, tokenizer, len(ids), {**options, "eos_token_id": stops}, self.config)
+        stops, ends = self.stop_ids(chat, tokenizer, options), self.stop_texts(chat, options)
+        settings = _settings(chat, len(ids), {**options, "eos_token_id": stops}, self.config)
+        settings |= _stopping(ends.criteria(tokenizer, len(ids)), settings)
         output = self.generate(torch.tensor([ids]), **settings)  # type: ignore[attr-defined]
-        ends = StopStrings(options.get("stop_strings"), chat.split)
         return chat.answer(tokenizer, output[0, len(ids) :].tolist(), query, history, role, stops, ends.cut)
 
     def stream_chat(
@@ -60,9 +60,10 @@ class ChatMixin:
         Characters come whole. A model that thinks first has the last message's `thinking` growing while the answer is
         "". Closing the iterator ends the answer."""
         chat, ids = _prompt(tokenizer, query, history, role)
-        stops, stream = self.stop_ids(chat, tokenizer, options), TextStream(tokenizer)
-        settings = _settings(chat, tokenizer, len(ids), {**options, "eos_token_id": stops}, self.config)
-        ends = StopStrings(options.get("stop_strings"), chat.split)
+        stops, ends = self.stop_ids(chat, tokenizer, options), self.stop_texts(chat, options)
+        settings = _settings(chat, len(ids), {**options, "eos_token_id": stops}, self.config)
+        settings |= _stopping(ends.criteria(tokenizer, len(ids)), settings)
+        stream = TextStream(tokenizer)
 
         handles: list[StateCache] = []
 
@@ -98,6 +99,13 @@ class ChatMixin:
         ends = [chat.stop_token_ids(tokenizer), config.eos_token_id, self.config.eos_token_id]
         return list(dict.fromkeys(index for end in ends for index in as_list(end)))
 
+    def stop_texts(self, chat: ChatFormat, options: dict[str, Any]) -> StopStrings:
+        """`stop_strings` of the options, else those of their generation_config, or of the model's without one."""
+        texts = options.get("stop_strings")
+        if texts is None:
+            texts = (options.get("generation_config") or self.generation_config).stop_strings
+        return StopStrings(texts, chat.split)
+
 
 def as_list(ids: Any) -> list[int]:
     """`eos_token_id` of a config: None, one id or several."""
@@ -109,20 +117,24 @@ def _prompt(tokenizer: Any, query: str, history: Sequence | None, role: str) -> 
     return chat, chat.build_inputs(tokenizer, query, history, role)
 
 
-def _settings(chat: ChatFormat, tokenizer: Any, prompt: int, options: dict[str, Any], config: Any) -> dict[str, Any]:
+def _stopping(criteria: list[StoppingCriteria], settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of generate() with which these end an answer. Never `stop_strings`, for which it wants a tokenizer."""
+    every = [*settings.get("stopping_criteria", ()), *criteria]
+    return {"stop_strings": None, **({"stopping_criteria": StoppingCriteriaList(every)} if every else {})}
+
+
+def _settings(chat: ChatFormat, prompt: int, options: dict[str, Any], config: Any) -> dict[str, Any]:
     """Arguments of generate() for a prompt of that many tokens: the original's defaults under `options`, which may have
     a generation_config, and an end that the positions of the model allow."""
     _check(options)
-    given = _greedy_at_zero({name: value for name, value in options.items() if value is not None})
-    given.pop("past_key_values", None)
+    given = {name: value for name, value in options.items() if value is not None}
     told = _of_config(given.get("generation_config"))
+    given = _greedy_at_zero(given, given.get("generation_config"))
+    given.pop("past_key_values", None)
     defaults = chat.defaults.as_dict() if told is None else {"max_length": chat.defaults.max_length, **told}
     settings = {**defaults, **_ONE_ANSWER, "reuse_cache": True, **given}
     if told is None and not settings["do_sample"]:
         settings |= {name: given.get(name, 1.0) for name in ("top_p", "temperature")}
-    ends = StopStrings(settings.pop("stop_strings", None), chat.split).criteria(tokenizer, prompt)
-    if ends:
-        settings["stopping_criteria"] = StoppingCriteriaList([*given.get("stopping_criteria", ()), *ends])
     length = _length(prompt, settings["max_length"], settings.get("max_new_tokens"), config)
     return {**settings, "max_length": length, "max_new_tokens": None}
 
@@ -139,11 +151,12 @@ def _check(options: dict[str, Any]) -> None:
         raise ChatGLMError("chat", "past_key_values", seen, "None or what stream_chat() returned")
 
 
-def _greedy_at_zero(given: dict[str, Any]) -> dict[str, Any]:
-    """The options where temperature 0 means greedy, as it does to users of other programs."""
-    if given.get("temperature") != 0:
+def _greedy_at_zero(given: dict[str, Any], config: GenerationConfig | None) -> dict[str, Any]:
+    """The options where temperature 0, of them or of their config, means greedy, as it does to users of other
+    programs."""
+    if given.get("temperature", getattr(config, "temperature", None)) != 0:
         return given
-    return {name: value for name, value in given.items() if name != "temperature"} | {"do_sample": False}
+    return given | {"temperature": 1.0, "do_sample": False}
 
 
 def _length(prompt: int, max_length: int, max_new_tokens: int | None, config: Any) -> int:
@@ -161,9 +174,11 @@ def _length(prompt: int, max_length: int, max_new_tokens: int | None, config: An
 
 
 def _of_config(config: GenerationConfig | None) -> dict[str, Any] | None:
-    """The lengths that a config of the call has; what else is in it goes to generate() with it. None without one. 20 is
-    what older releases of transformers have where nothing was said."""
+    """The lengths that a config of the call has; what else is in it goes to generate() with it. None without one. Some
+    releases of transformers have a max_length where nothing was said."""
     if config is None:
         return None
     lengths = {"max_length": config.max_length, "max_new_tokens": config.max_new_tokens}
-    return {name: value for name, value in lengths.items() if value is not None and (name, value) != ("max_length", 20)}
+    if lengths["max_length"] == GenerationConfig().max_length:
+        del lengths["max_length"]
+    return {name: value for name, value in lengths.items() if value is not None}

@@ -68,10 +68,12 @@ def prepare(
         _check_blocked(blocked, keep, prefix)
     if position_ids is not None:
         positions = _explicit(position_ids, ids, dimensions=2 if prefix is None else 3)
-    elif cache is not None:
+    elif cache is not None and (prefix is None or past > prefix.max()):
         positions = next_positions(cache.columns.position, ids.shape[1])
     else:
-        positions = compiled.architecture.position_ids(compiled.config, ids, padded)
+        # Of all columns: where a prefix ends, the next position is that of a token somewhere in it.
+        whole = ids if cache is None else np.concatenate([cache.columns.ids, ids], axis=1)
+        positions = compiled.architecture.position_ids(compiled.config, whole, padded)[..., past:]
     return Step(ids, keep, positions, prefix)
 
 

@@ -8,7 +8,7 @@ cache of their own, and none knows positions in two rows.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _REFUSED = {
     "guidance_scale": (1, "a prompt without the condition would need a cache of its own"),
     "prefill_chunk_size": (None, "a long prompt is computed in pieces anyway"),
+    "cache_implementation": (None, "the cache is inside the model"),
+    "assistant_early_exit": (None, "a compiled model has no exit but its last layer"),
 }
 """Arguments of generate() that cannot be had, beside the value with which they do nothing, and why."""
 
@@ -72,7 +74,7 @@ class StatefulGenerationMixin(GenerationMixin):
         for name, (neutral, reason) in _REFUSED.items():
             value = kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
             if value not in (None, neutral):
-                raise ChatGLMError("generate", name, value, f"none: {reason}")
+                raise ChatGLMError("generate", name, repr(value), f"none: {reason}")
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         cache = _not_empty(one_cache(kwargs))
         kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
@@ -271,9 +273,12 @@ class StatefulGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """No cache object is made here: the first call returns the handle of the one inside the model."""
-        if generation_config.cache_implementation is not None:
-            seen = generation_config.cache_implementation
-            raise ChatGLMError("generate", "cache_implementation", repr(seen), "None: the cache is inside the model")
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not offered, nor what begins with it."""
+        raise ChatGLMError("continuous batching", "cache", "a paged one", "generate(): the cache is inside the model")
+
+    generate_batch = init_continuous_batching
 
 
 def _not_empty(cache: Any) -> Any:

@@ -85,6 +85,8 @@ def guesser(config: GenerationConfig, assistant: Any) -> Guesses:
         tokens, ngram = config.prompt_lookup_num_tokens, config.max_matching_ngram_size
         if not isinstance(tokens, int) or tokens < 1:
             raise ChatGLMError("generate", "prompt_lookup_num_tokens", tokens, "a number from 1")
+        if not isinstance(ngram, (int, type(None))):
+            raise ChatGLMError("generate", "max_matching_ngram_size", ngram, "a number from 1, or None")
         return PromptLookup(tokens, ngram or LONGEST_NGRAM)
     own = assistant.generation_config
     confidence = own.assistant_confidence_threshold
@@ -149,7 +151,7 @@ class _Made:
             self._keep(scores, logits[:, at])
             if self._streamer is not None:
                 self._streamer.put(token)
-            self.done = bool(self._choice.criteria(self.ids, None).all())  # type: ignore[arg-type]
+            self.done = bool(self._choice.criteria(self.ids, tuple(self._scores) or None).all())  # type: ignore[arg-type]
             right = at < len(guessed) and int(token) == guessed[at]
             if self.done or not right:
                 return at + 1, at + int(right)

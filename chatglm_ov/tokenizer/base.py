@@ -93,14 +93,24 @@ class GLMTokenizer(PreTrainedTokenizer):
 
     # ---- decoding
 
-    def _checked_ids(self, token_ids: Any) -> list[int]:
+    def _checked_ids(self, token_ids: Any, method: str = "decode") -> list[int]:
         """A list of ids that the vocabulary (or a padding row behind it) has."""
-        where = f"{type(self).__name__}.decode"
+        where = f"{type(self).__name__}.{method}"
         ids = id_list(token_ids, where)
         if ids and not 0 <= min(ids) <= max(ids) < self._rows():
             wrong = next(i for i in ids if not 0 <= i < self._rows())
             raise ChatGLMError(where, "token id", f"{wrong} at index {ids.index(wrong)}", f"0 to {len(self) - 1}")
         return ids
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """As in Hugging Face. An id of a padding row behind the vocabulary has the token ""."""
+        checked, size = self._checked_ids(ids, "convert_ids_to_tokens"), len(self)
+        if all(index < size for index in checked):
+            return super().convert_ids_to_tokens(ids, skip_special_tokens)
+        if isinstance(ids, int):
+            return ""
+        convert = super().convert_ids_to_tokens
+        return ["" if i >= size else convert(i) for i in checked if i not in self._skipped_ids(skip_special_tokens)]
 
     def _rows(self) -> int:
         return -(-len(self) // _ROW_MULTIPLE) * _ROW_MULTIPLE
@@ -198,12 +208,13 @@ class GLMTokenizer(PreTrainedTokenizer):
         """Text or ids of a conversation (a list of messages with role and content, or a list of such lists) in the
         generation's own chat format: the ids that `chat()` sends to the model.
 
-        `options`: padding, truncation, max_length, return_tensors as in the tokenizer call. `return_dict` is by default
+        `options`: padding, pad_to_multiple_of, padding_side, truncation, max_length, return_tensors as in the tokenizer
+        call; others, which a template would get, have no effect. `return_dict` is by default
         what it is in the installed transformers (4: False, a list or tensor of ids; 5: True). The arguments that need a
-        free template (documents, chat_template) are refused. `continue_final_message`: the last message, an answer, is
-        left open for the model to go on with.
+        free template (documents, chat_template, return_assistant_tokens_mask) are refused. `continue_final_message`:
+        the last message, an answer, is left open for the model to go on with.
         """
-        for name in ("documents", "chat_template"):
+        for name in ("documents", "chat_template", "return_assistant_tokens_mask"):
             if options.get(name):
                 seen = _kind(options[name])
                 raise ChatGLMError("apply_chat_template", name, seen, "not given: the chat format is fixed")
@@ -231,17 +242,23 @@ class GLMTokenizer(PreTrainedTokenizer):
         rows: list[list[int]],
         batched: bool,
         padding: bool | str = False,
-        truncation: bool = False,
+        truncation: bool | str = False,
         max_length: int | None = None,
         return_tensors: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
         **unused: Any,
     ) -> BatchEncoding:
         """Rows of ids as the tokenizer call would give them for texts, without adding special tokens."""
-        if truncation:
+        if (padding_side or self.padding_side) != "left":
+            self._wrong_padding_side(padding_side or self.padding_side)
+        if truncation and truncation != "do_not_truncate":
             most = self.model_max_length if max_length is None else max_length
             rows = [row[-most:] if self.truncation_side == "left" else row[:most] for row in rows]
         if batched or padding:
-            encoded = self.pad({"input_ids": rows}, padding=padding, max_length=max_length)
+            encoded = self.pad(
+                {"input_ids": rows}, padding=padding, max_length=max_length, pad_to_multiple_of=pad_to_multiple_of
+            )
         else:
             encoded = self.pad({"input_ids": rows[0]}, padding=False)
         if padding and not batched:

@@ -127,9 +127,10 @@ class ChatGLMTokenizer(PieceTokenizer):
     ) -> str:
         """Padding is dropped, control pieces have no text, blanks before ASCII punctuation go by default."""
         tokens = self.convert_ids_to_tokens(self._kept_ids(token_ids, skip_special_tokens))
-        return self._cleaned(
-            WhitespaceTokens.replace(self.convert_tokens_to_string(tokens)), clean_up_tokenization_spaces
-        )
+        return self._cleaned(self.convert_tokens_to_string(tokens), clean_up_tokenization_spaces)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return WhitespaceTokens.replace(super().convert_tokens_to_string(tokens))
 
     def _skipped_ids(self, skip_special_tokens: bool) -> set[int]:
         return {self.pad_token_id, *super()._skipped_ids(skip_special_tokens)}

@@ -21,6 +21,14 @@ _WORDS = ("sop", "eop")
 _BEHIND_GMASK = r"(?<=\[gMASK\])"
 
 
+def _pattern(token: AddedToken) -> str:
+    """The token as a group, and the whitespace that it swallows on either side."""
+    name = _BEHIND_GMASK * (token.content in _WORDS) + re.escape(token.content)
+    before, after = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
+    blanks = r"\s*"
+    return f"{blanks * token.lstrip}{before}({name}){after}{blanks * token.rstrip}"
+
+
 class ChatGLM2Tokenizer(PieceTokenizer):
     """[gMASK] + sop + ids (a pair: ... + ids of the second + `</s>`).
 
@@ -67,20 +75,24 @@ class ChatGLM2Tokenizer(PieceTokenizer):
 
     # ---- encoding
 
-    def tokenize(self, text: str, **kwargs: Any) -> list[str]:  # type: ignore[override]
-        """Pieces of `text`. Tokens that were added or declared are looked for, other special tokens are not."""
-        if not self._added_tokens_encoder:
+    def tokenize(  # type: ignore[override]
+        self, text: str, split_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[str]:
+        """Pieces of `text`. Tokens that were added or declared are looked for, unless `split_special_tokens`; other
+        special tokens are not."""
+        split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        if split or not self._added_tokens_encoder:
             return self._encode_pieces(text)
-        between, *rest = re.split(self._added_pattern(), text)
-        tokens = self._encode_pieces(between)
-        for added, between in zip(rest[::2], rest[1::2], strict=True):
-            tokens += [added, *self._encode_pieces(between)]
-        return tokens
+        tokens, end = [], 0
+        for found in re.finditer(self._added_pattern(), text):
+            tokens += [*self._encode_pieces(text[end : found.start()]), found[found.lastindex or 0]]
+            end = found.end()
+        return tokens + self._encode_pieces(text[end:])
 
     def _added_pattern(self) -> str:
-        """Of several tokens that begin at one place it finds the longest."""
-        names = sorted(self._added_tokens_encoder, key=len, reverse=True)
-        return "(" + "|".join(_BEHIND_GMASK * (name in _WORDS) + re.escape(name) for name in names) + ")"
+        """A group for each token. Of several that begin at one place it finds the longest."""
+        tokens = sorted(self._added_tokens_decoder.values(), key=lambda token: len(token.content), reverse=True)
+        return "|".join(map(_pattern, tokens))
 
     def encode_ordinary(self, text: str) -> list[int]:
         return [self._vocab[piece] for piece in self._encode_pieces(text)]
