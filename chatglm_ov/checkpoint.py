@@ -115,6 +115,7 @@ class Checkpoint:
         self.folder = folder
         self._shards = _Shards(folder)
         self._tensors: dict[str, Tensor] = {}
+        self._absent: dict[str, Path] = {}
         for file, names in files.items():
             self._add(file, names)
 
@@ -176,6 +177,9 @@ class Checkpoint:
         Raises ChatGLMError for a wrong shape or an unreadable type, for a missing tensor of `expected`, and
         for a tensor in neither mapping unless `ignored(name)`.
         """
+        for name, file in self._absent.items():
+            if not ignored(name):
+                raise ChatGLMError(file, name, "missing", "a tensor, as the index says")
         known = {**optional, **expected}
         for name, tensor in self._tensors.items():
             if name in known:
@@ -195,7 +199,8 @@ class Checkpoint:
         shard = self._shards[file]
         for name in shard if names is None else names:
             if name not in shard:
-                raise ChatGLMError(file, name, "missing", "a tensor, as the index says")
+                self._absent[name] = file
+                continue
             if name in self._tensors:
                 seen = f"also in {self._tensors[name].file.name}"
                 raise ChatGLMError(file, name, seen, "a tensor of one file only")
@@ -255,7 +260,7 @@ def _files_of_kind(folder: Path, stem: str, extension: str) -> Files:
 def _files_of_index(index: Path) -> Files:
     refuse_placeholder(index)
     try:
-        contents: Any = json.loads(index.read_text(encoding="utf-8"))
+        contents: Any = json.loads(index.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         seen = f"not JSON ({error})"
         raise ChatGLMError(index, "contents", seen, "a JSON object with weight_map") from None
@@ -265,7 +270,7 @@ def _files_of_index(index: Path) -> Files:
         raise ChatGLMError(index, "weight_map", seen, "an object of tensor name: file name")
     files: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or str(Path(file)) != Path(file).name:
             wanted = "the name of a file beside the index"
             raise ChatGLMError(index, f"weight_map of {name}", repr(file), wanted)
         files.setdefault(index.parent / file, []).append(name)

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from chatglm_ov.checkpoint import Checkpoint
-from chatglm_ov.config import ArchitectureConfig, RopeRatioMeaning, parse_config, read_config_json
+from chatglm_ov.config import ArchitectureConfig, RopeRatioMeaning, parse_config, read_config_json, read_json_object
 from chatglm_ov.conversion_checks import (
     check_addable,
     check_apart,
@@ -46,6 +46,7 @@ from chatglm_ov.prequantized import open_checkpoint
 from chatglm_ov.sizes import size
 from chatglm_ov.tokenizer import save_tokenizer_files
 from chatglm_ov.trained_prefix import TrainedPrefix, has_prefix, read_prefix
+from chatglm_ov.weight_files import refuse_placeholder
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
 from chatglm_ov.weights.file import WeightsFile
 from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, WEIGHTS_NAME, write_ir
@@ -100,6 +101,8 @@ def convert(
     left behind.
     """
     source, target, adapter = Path(checkpoint), Path(output), None if lora is None else Path(lora)
+    if ".." in target.parts:
+        target = target.resolve()  # of a folder that is made on the way, `..` cannot be asked for yet
     fields = given_fields(source, rope_ratio_meaning, rope_theta, rope_scaling)
     config = parse_config(fields, source / "config.json")
     warn_of_doubtful_base(config)
@@ -311,6 +314,8 @@ def _write_side_files(source: Path, folder: Path, fields: dict[str, Any], config
     _write_json(folder / "config.json", converted_fields(fields, config, ops))
     generation = source / "generation_config.json"
     if generation.exists():
+        refuse_placeholder(generation)
+        read_json_object(generation)
         shutil.copyfile(generation, folder / generation.name)
     else:
         ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -38,9 +38,19 @@ def finished_or_nothing(target: Path, overwrite: bool, replace: bool = True) -> 
             yield partial
             _put_in_place(partial, target, overwrite, replace)
     except OSError as error:
-        raise ChatGLMError(
-            target, "output", f"not writable ({error.strerror or error})", "a folder on a disk with room"
-        ) from error
+        said = error.strerror or error
+        if error.filename is not None and not _is_part(Path(os.fsdecode(error.filename)), target):
+            raise ChatGLMError(error.filename, "file", f"not readable ({said})", "one that can be read") from error
+        raise ChatGLMError(target, "output", f"not writable ({said})", "a folder on a disk with room") from error
+
+
+def _is_part(path: Path, target: Path) -> bool:
+    """Whether this is `target`, a folder that it is in, something in it, or in a folder that will take its name."""
+    if path == target or path in target.parents or target in path.parents:
+        return True
+    return target.parent in path.parents and path.relative_to(target.parent).parts[0].startswith(
+        f".{target.name}.partial-"
+    )
 
 
 @contextmanager

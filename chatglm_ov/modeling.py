@@ -28,7 +28,6 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Fields of published files that would switch on parts of transformers that have no say here.
 _LEFT_OUT = {
-    "_name_or_path",
     "architectures",
     "attn_implementation",
     "auto_map",
@@ -36,8 +35,11 @@ _LEFT_OUT = {
     "quantization_config",
     "rope_parameters",
     "rope_scaling",
+    "sub_configs",
+    "text_config",
     "torch_dtype",
     "transformers_version",
+    "use_return_dict",
 }
 
 
@@ -65,7 +67,8 @@ class OVChatGLMConfig(PretrainedConfig):
     def from_folder(cls, folder: Path | str, architecture: ArchitectureConfig) -> OVChatGLMConfig:
         """Of `folder/config.json`, whose typed form is `architecture`."""
         generation = set(vars(GenerationConfig())) - set(_TOKEN_IDS)
-        fields = {k: v for k, v in read_config_json(folder).items() if k not in generation | _LEFT_OUT}
+        stored = {name: value for name, value in read_config_json(folder).items() if not name.startswith("_")}
+        fields = {name: value for name, value in stored.items() if name not in generation | _LEFT_OUT}
         fields |= {name: getattr(architecture, name) for name in _TOKEN_IDS}
         fields |= {"vocab_size": architecture.vocab_rows, "num_hidden_layers": architecture.num_layers}
         if architecture.max_positions is not None:

@@ -94,7 +94,7 @@ def load_model(
     folder, device = Path(folder), device.upper()
     config = _converted_config(folder)
     settings = Settings(inference_precision, kv_cache_format, activation_bits)
-    weight_format = weight_format or default_weight_format(folder)
+    weight_format = default_weight_format(folder) if weight_format is None else weight_format
     path = folder / weight_format / IR_NAME
     if not path.exists():
         raise ChatGLMError(folder, "weight_format", repr(weight_format), f"one of {weight_formats(folder)}")

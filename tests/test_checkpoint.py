@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -276,4 +277,20 @@ def test_bad_index(tmp_path: Path, contents: object, words: list[str]) -> None:
 def test_tensor_that_only_the_index_has(tmp_path: Path, stem: str, extension: str) -> None:
     files = save_sharded(tmp_path, stem, extension, index=True)
     save(files[1], {"b.weight": torch.ones(9, 8)})
-    refuses(tmp_path, files[1].name, "a.norm", "missing", "index")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        wanted = {name: checkpoint.shape(name) for name in checkpoint.names}
+        with pytest.raises(ChatGLMError) as caught:
+            checkpoint.verify(wanted)
+        assert_told(caught.value, files[1].name, "a.norm", "missing", "index")
+        # Of what nobody wants it does not matter where it is.
+        checkpoint.verify(wanted, ignored=lambda name: name not in wanted)
+
+
+def test_index_as_other_programs_write_it(tmp_path: Path) -> None:
+    save_sharded(tmp_path, "model", ".safetensors", index=True)
+    index = tmp_path / "model.safetensors.index.json"
+    contents = json.loads(index.read_text())
+    contents["weight_map"] = {name: f"./{file}" for name, file in contents["weight_map"].items()}
+    index.write_text("\ufeff" + json.dumps(contents), encoding="utf-8")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert_is_all(checkpoint)

@@ -288,3 +288,20 @@ def test_text_is_shown_as_it_comes(converted: Path) -> None:
     assert len(set(shown)) > 12
     assert all(later.startswith(earlier) for earlier, later in pairwise(shown))
     assert done.timing.tokens == 24
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"stop_strings": ["。"]},
+    ],
+)
+def test_generation_config_of_many_kinds(fields: dict, converted: Path, tmp_path: Path, run: Run) -> None:
+    folder = shutil.copytree(converted, tmp_path / "model")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    for raw in ([], ["--raw"]):
+        done = run("generate", folder, "--prompt", "床前明月光", "--max-new-tokens", 4, "--no-stream", *EXACT, *raw)
+        assert (done.code, done.err.count("error")) == (0, 0)

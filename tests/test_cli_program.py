@@ -180,3 +180,24 @@ def test_namespace_of_a_command_reaches_it(program: Program) -> None:
     parser.add_argument("--size", type=int)
     assert execute(parser, ["--size", "3"], seen.append) == 0
     assert seen[0].size == 3
+
+
+def test_interrupts_that_come_out_as_other_errors(program: Program) -> None:
+    """As imports make of them."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def action() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None
+
+    assert program(action) == Outcome(130, "", "tool: error: interrupted\n")
+    assert program(fail(ImportError("x"))).code == 1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device")
+def test_a_log_on_a_full_disk() -> None:
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run([*PROGRAM, "info", "nowhere"], stderr=full, check=False).returncode == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 import signal
@@ -86,6 +87,11 @@ def add_broken_tokenizer(folder: Path, weights: dict[str, np.ndarray]) -> None:
     (folder / "tokenizer_config.json").write_text("{")
 
 
+def add_gbk_template(folder: Path, weights: dict[str, np.ndarray]) -> None:
+    (folder / "tokenizer.model").write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    (folder / "chat_template.jinja").write_bytes("床前".encode("gbk"))
+
+
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "missing tensor": (lambda f, w: w.pop(QKV), f"{QKV} is missing"),
     "unknown tensor": (lambda f, w: w.update(extra=np.zeros(2, np.float32)), "extra is a tensor of shape"),
@@ -102,6 +108,22 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "truncated file": (truncate_weights, r"model\.safetensors: contents is damaged"),
     "no weights": (lambda f, w: (w.clear(), (f / "model.safetensors").unlink()), "weights is missing"),
     "another config": (lambda f, w: (f / "config.json").write_text('{"model_type": "qwen2"}'), "model_type is 'qwen2'"),
+    "broken generation config": (lambda f, w: (f / "generation_config.json").write_text("{"), "contents is not JSON"),
+    "generation config that was not fetched": (
+        lambda f, w: (f / "generation_config.json").write_text("version https://git-lfs.github.com/spec/v1"),
+        r"generation_config\.json: contents is a Git LFS pointer",
+    ),
+    "generation config that is a folder": (
+        lambda f, w: ((f / "generation_config.json").unlink(missing_ok=True), (f / "generation_config.json").mkdir()),
+        r"generation_config\.json: file is not readable \(Is a directory\)",
+    ),
+    "cut vocabulary": (lambda f, w: (f / "tokenizer.model").write_bytes(b"xyz"), "not a whole sentencepiece model"),
+    "cut ranks": (lambda f, w: (f / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n"), "tokens is 2 different ones"),
+    "cut fast tokenizer": (
+        lambda f, w: (f / "tokenizer.json").write_text("{"),
+        r"tokenizer\.json: content is one that",
+    ),
+    "template in another encoding": (add_gbk_template, r"chat_template\.jinja: contents is not UTF-8"),
     "broken tokenizer": (add_broken_tokenizer, r"tokenizer_config\.json: contents is not JSON"),
 }
 
@@ -213,3 +235,12 @@ def test_leftovers_are_told_from_running_conversions(tmp_path: Path):
         to_int8(V2.checkpoint, tmp_path / "out")
         running.communicate(b"\n")
     assert names(tmp_path) == sorted(["out", own.name, other.name, ".outer.partial-1-2"])
+
+
+def test_output_behind_a_folder_that_is_not_there_yet(tmp_path: Path):
+    """`new/..` is the folder that it would be in, which is not empty."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ChatGLMError, match="full: output is not empty"):
+        to_int8(V2.checkpoint, tmp_path / "full" / "new" / "..")
+    assert "file" in names(tmp_path / "full")

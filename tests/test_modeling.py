@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -393,3 +394,24 @@ def test_another_object_over_the_weights_of_a_relative_path(folder, monkeypatch)
     model = OVChatGLMForCausalLM.from_pretrained(folder.name)
     monkeypatch.chdir("/")
     assert OVChatGLMForCausalLM(model.config, model.compiled).generation_config.eos_token_id == [2, 7]
+
+
+@pytest.mark.parametrize(
+    "stray",
+    [
+        {"_attn_implementation": "flash_attention_2"},
+        {"use_return_dict": False},
+        {"text_config": {}},
+        {"sub_configs": {}},
+    ],
+)
+def test_config_fields_that_say_nothing_here(folder, stray):
+    path = folder / "config.json"
+    before = path.read_text()
+    try:
+        path.write_text(json.dumps(json.loads(before) | stray))
+        assert OVChatGLMForCausalLM.from_pretrained(folder).config.vocab_size > 0
+    finally:
+        path.write_text(before)
+    with pytest.raises(ChatGLMError, match="weight_format is ''"):
+        OVChatGLMForCausalLM.from_pretrained(folder, "")

@@ -15,7 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert
-from chatglm_ov.generation.guesses import PromptLookup, _worth_guessing
+from chatglm_ov.generation.guesses import BUSY_COST, CHECK_COST, FREE_CHECKS, PromptLookup, _worth_guessing
 
 pytestmark = pytest.mark.transformers_matrix
 
@@ -257,3 +257,18 @@ def test_criteria_get_the_scores_that_are_kept(models):
 def test_what_no_guess_can_be_made_with(models, option, value):
     with pytest.raises(ChatGLMError, match=f"generate: {option} is {value}"):
         greedy(models("large"), **{"prompt_lookup_num_tokens": 4, option: value})
+
+
+@given(chance=st.floats(0, 1), most=st.integers(0, 40))
+def test_as_many_guesses_as_are_worth_it(chance, most):
+    def rate(k):
+        return sum(chance**i for i in range(k + 1)) / (1 + k * CHECK_COST + max(0, k - FREE_CHECKS) * BUSY_COST)
+
+    count = _worth_guessing(chance, most)
+    assert 0 <= count <= most
+    assert rate(count) >= max(map(rate, range(most + 1))) * (1 - 1e-9)
+
+
+def test_guesses_are_no_more_than_there_is_room_for():
+    ids = np.tile(np.arange(9), 30)
+    assert len(PromptLookup(10**18).guess(ids, 7)) <= 7

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.tokenizer import detect_family, load_tokenizer, save_tokenizer_files
+from chatglm_ov.tokenizer.files import CONFIG_FILE
 
 pytestmark = pytest.mark.transformers_matrix
 
@@ -229,3 +230,20 @@ def test_shared_goldens_were_there():
     if not GOLDEN.is_dir():
         pytest.skip("../shared/golden is not here: the real vocabularies were not loaded")
     assert len(load_tokenizer(GOLDEN / "v3" / "tokenizer")) == 64798
+
+
+def test_how_a_training_padded_does_not_matter(tmp_path):
+    files = {"tokenizer_config__json": {"padding_side": "right", "vocab_file": "elsewhere", "auto_map": {}}}
+    folder = bare_folder(tmp_path / "checkpoint", **files)
+    assert load_tokenizer(folder).padding_side == "left"
+    save_tokenizer_files(folder, tmp_path / "out")
+    assert not files["tokenizer_config__json"].keys() & json.loads((tmp_path / "out" / CONFIG_FILE).read_text()).keys()
+    with pytest.raises(ChatGLMError, match="padding_side is 'right', expected 'left'"):
+        load_tokenizer(folder, padding_side="right")
+
+
+@pytest.mark.parametrize("fields", [{"truncation_side": "x"}, {"additional_special_tokens": 5}])
+def test_tokenizer_fields_that_cannot_be(tmp_path, fields):
+    folder = bare_folder(tmp_path / "checkpoint", tokenizer_config__json=fields)
+    with pytest.raises(ChatGLMError, match=r"tokenizer_config\.json: fields is unusable"):
+        load_tokenizer(folder)

@@ -19,7 +19,7 @@ from chatglm_ov.chat import chat_format_for
 from chatglm_ov.chat.roles import RolesFormat
 from chatglm_ov.cli.options import warn_of_idle_activation_bits
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.generation.chat import as_list
+from chatglm_ov.generation.chat import ONE_ANSWER, as_list
 from chatglm_ov.generation.stop_strings import StopStrings
 from chatglm_ov.generation.timing import Stopwatch, Timing
 from chatglm_ov.modeling import OVChatGLMForCausalLM
@@ -152,8 +152,10 @@ def complete(model: Any, tokenizer: Any, prompt: str, show: Show | None = None, 
     inputs = tokenizer([prompt], return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     room = getattr(model.config, "max_position_embeddings", length + DEFAULT_NEW_TOKENS) - length
-    options = {"max_new_tokens": max(1, min(DEFAULT_NEW_TOKENS, room)), **options}
-    stops = StopStrings(options.pop("stop_strings", None))
+    options = {"max_new_tokens": max(1, min(DEFAULT_NEW_TOKENS, room)), **ONE_ANSWER, **options}
+    stops = StopStrings(options.get("stop_strings") or model.generation_config.stop_strings)
+    # For these generate() would want a tokenizer.
+    options["stop_strings"] = None
     criteria = StoppingCriteriaList([watch, *stops.criteria(tokenizer, length)])
     if show is not None:
         options["streamer"] = GrowingText(tokenizer, lambda text: show(stops.certain(text)))

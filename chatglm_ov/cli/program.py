@@ -41,7 +41,7 @@ def execute(parser: Parser, argv: Sequence[str] | None, command: Command) -> int
     """Parse `argv` (None: the process's own) and run `command` on the result; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in arguments
-    with _ending_signals():
+    with _ending_signals() as interrupts:
         try:
             _open_missing_streams()
             _accept_any_text()
@@ -59,6 +59,8 @@ def execute(parser: Parser, argv: Sequence[str] | None, command: Command) -> int
         except OSError as error:
             return _report(parser.prog, _os_error(error), USER_ERROR, debug)
         except Exception as error:
+            if interrupts:  # an import that Ctrl-C ends may come out as another error
+                return _report(parser.prog, "interrupted", INTERRUPTED, debug)
             message = f"{type(error).__name__}: {error} (--debug shows where)"
             return _report(parser.prog, message, FAULT, debug)
 
@@ -70,6 +72,8 @@ def _report(program: str, message: str, code: int, debug: bool) -> int:
         print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     except BrokenPipeError:
         return _hang_up()
+    except OSError:  # a log on a full disk: the exit code says it
+        pass
     return code
 
 
@@ -105,19 +109,29 @@ def _accept_any_text() -> None:
 
 
 @contextmanager
-def _ending_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the program, so that what it was writing is removed."""
+def _ending_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGHUP unwind the program, so that what it was writing is removed. Gives a list in which each Ctrl-C
+    is noted."""
+    interrupts: list[int] = []
 
     def end(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {}
-    for number in numbers:
+    def interrupt(number: int, frame: object) -> NoReturn:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    handlers: dict[int, Callable[[int, object], NoReturn]] = {
+        getattr(signal, name): end for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+    }
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        handlers[signal.SIGINT] = interrupt
+    before: dict[int, Any] = {}
+    for number, handler in handlers.items():
         with suppress(ValueError):  # only the main thread may; elsewhere signals stay as they are
-            before[number] = signal.signal(number, end)
+            before[number] = signal.signal(number, handler)
     try:
-        yield
+        yield interrupts
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -16,7 +16,7 @@ from chatglm_ov.generation.stop_strings import StopStrings
 from chatglm_ov.generation.stream import stream_tokens
 from chatglm_ov.tokenizer import TextStream
 
-_ONE_ANSWER = {"num_return_sequences": 1, "return_dict_in_generate": False}
+ONE_ANSWER = {"num_return_sequences": 1, "return_dict_in_generate": False}
 
 
 class ChatMixin:
@@ -132,7 +132,7 @@ def _settings(chat: ChatFormat, prompt: int, options: dict[str, Any], config: An
     given = _greedy_at_zero(given, given.get("generation_config"))
     given.pop("past_key_values", None)
     defaults = chat.defaults.as_dict() if told is None else {"max_length": chat.defaults.max_length, **told}
-    settings = {**defaults, **_ONE_ANSWER, "reuse_cache": True, **given}
+    settings = {**defaults, **ONE_ANSWER, "reuse_cache": True, **given}
     if told is None and not settings["do_sample"]:
         settings |= {name: given.get(name, 1.0) for name in ("top_p", "temperature")}
     length = _length(prompt, settings["max_length"], settings.get("max_new_tokens"), config)
@@ -141,7 +141,7 @@ def _settings(chat: ChatFormat, prompt: int, options: dict[str, Any], config: An
 
 def _check(options: dict[str, Any]) -> None:
     """Raise ChatGLMError for what would not give one answer."""
-    for name, wanted in _ONE_ANSWER.items():
+    for name, wanted in ONE_ANSWER.items():
         if options.get(name) not in (None, wanted):
             raise ChatGLMError("chat", name, options[name], f"{wanted}: generate() gives more than one answer")
     if options.get("streamer") is not None:

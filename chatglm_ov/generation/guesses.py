@@ -54,7 +54,7 @@ class PromptLookup:
             places = _places_behind(ids, n)
             if not places.size:
                 continue
-            count = min(_worth_guessing(self._chances[n], self._num_tokens), room)
+            count = _worth_guessing(self._chances[n], min(self._num_tokens, room))
             # The latest place with enough behind it, else the one with the most.
             far_enough = places[places + count <= len(ids)]
             start = far_enough[-1] if far_enough.size else places[0]
@@ -86,8 +86,10 @@ def _worth_guessing(chance: float, most: int) -> int:
     for k in range(1, most + 1):
         tokens += chance**k
         steps = 1 + k * CHECK_COST + max(0, k - FREE_CHECKS) * BUSY_COST
-        if tokens / steps > rate:
-            best, rate = k, tokens / steps
+        # The tokens grow ever more slowly and the steps do not: from the best number on the rate only falls.
+        if tokens / steps <= rate:
+            break
+        best, rate = k, tokens / steps
     return best
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from chatglm_ov.config import read_json_object
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.tokenizer.ranks import read_ranks
+from chatglm_ov.tokenizer.sentencepiece_model import load_sentencepiece
 from chatglm_ov.weight_files import refuse_placeholder
 
 FAMILIES = ("chatglm", "chatglm2", "chatglm3", "glm4")
@@ -34,7 +36,34 @@ _CLASS_NAMES = {
     "chatglm3": "ChatGLM3Tokenizer",
     "glm4": "ChatGLM4Tokenizer",
 }
+# Fields of tokenizer_config.json that have no say: where remote code and files are, and how the last user padded.
+LEFT_OUT = ("auto_map", "vocab_file", "tokenizer_file", "padding_side")
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n?\Z")
+
+
+def read_template(path: Path) -> str:
+    """A chat template. Raises ChatGLMError for what is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ChatGLMError(path, "contents", f"not UTF-8 ({error.reason} at byte {error.start})", "a text") from None
+
+
+def check_vocabulary(path: Path, family: str) -> None:
+    """Raises ChatGLMError for a vocabulary file that a tokenizer of that family cannot be made of."""
+    refuse_placeholder(path)
+    if family == FAST:
+        from tokenizers import Tokenizer
+
+        try:
+            Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more special
+            seen = f"one that cannot be read ({str(error).splitlines()[0]})"
+            raise ChatGLMError(path, "content", seen, "a tokenizer.json of the tokenizers library") from None
+    elif family == "glm4":
+        read_ranks(path.read_bytes(), path)
+    else:
+        load_sentencepiece(path.read_bytes(), path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -121,8 +150,9 @@ def num_image_tokens(folder: Path) -> int:
 def save_tokenizer_files(checkpoint: Path, output: Path, *, family: str | None = None) -> list[Path]:
     """Copies the tokenizer of `checkpoint` into the folder `output`, so that it loads from there alone.
 
-    tokenizer_config.json loses its pointers to remote code and gains the family's name. Returns the files written;
-    [] where the checkpoint has no tokenizer.
+    tokenizer_config.json loses its pointers to remote code, and the side on which a training padded, and gains the
+    family's name. Returns the files written; [] where the checkpoint has no tokenizer. Raises ChatGLMError for files
+    that no tokenizer can be made of.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     found = [checkpoint / name for name in (V1_FILE, MODEL_FILE, FAST_FILE) if (checkpoint / name).is_file()]
@@ -131,11 +161,16 @@ def save_tokenizer_files(checkpoint: Path, output: Path, *, family: str | None =
     refuse_placeholder(found[0])
     family = detect_family(checkpoint, family)
     config = read_json(checkpoint / CONFIG_FILE)
-    config.pop("auto_map", None)
+    for name in LEFT_OUT:
+        config.pop(name, None)
+    vocabulary = {FAST: FAST_FILE, "chatglm": V1_FILE}.get(family, MODEL_FILE)
+    check_vocabulary(checkpoint / vocabulary, family)
+    if (checkpoint / TEMPLATE_FILE).is_file():
+        read_template(checkpoint / TEMPLATE_FILE)
     if family == FAST:
-        names = [FAST_FILE, *_FAST_EXTRAS]
+        names = [vocabulary, *_FAST_EXTRAS]
     else:
-        names = [V1_FILE if family == "chatglm" else MODEL_FILE, TEMPLATE_FILE]
+        names = [vocabulary, TEMPLATE_FILE]
         config |= {MARKER: family, "tokenizer_class": _CLASS_NAMES[family]}
     if family == "chatglm":
         config["num_image_tokens"] = num_image_tokens(checkpoint)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections.abc import Callable, Iterable
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import tiktoken
@@ -16,6 +13,7 @@ from transformers import AddedToken
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.tokenizer.base import GLMTokenizer, added_tokens
 from chatglm_ov.tokenizer.files import MODEL_FILE
+from chatglm_ov.tokenizer.ranks import read_ranks
 from chatglm_ov.tokenizer.stream import ByteDecoder, CleanUp, Decoder, byte_characters
 
 # Words, numbers of up to 3 digits, punctuation, line ends, blanks: the published split of GLM-4.
@@ -134,22 +132,3 @@ class ChatGLM4Tokenizer(GLMTokenizer):
 
         clean = [CleanUp()] if self.clean_up_tokenization_spaces else []
         return token, [ByteDecoder(" "), *clean]
-
-
-def read_ranks(data: bytes, where: str | Path) -> dict[bytes, int]:
-    """Bytes of each token to its rank, in the order of the ranks 0, 1, 2, ..."""
-    ranks = {}
-    for number, line in enumerate(data.splitlines(), 1):
-        try:
-            token, rank = line.split()
-            if int(rank) != number - 1:
-                raise ValueError
-            ranks[base64.b64decode(token, validate=True)] = number - 1
-        except (ValueError, binascii.Error):
-            seen = repr(line[:40].decode("utf-8", "replace"))
-            raise ChatGLMError(where, f"line {number}", seen, f"`base64(bytes) {number - 1}`") from None
-    single = sum(len(token) == 1 for token in ranks)
-    if len(ranks) < len(data.splitlines()) or single != 256:
-        seen = f"{len(ranks)} different ones, {single} of them single bytes"
-        raise ChatGLMError(where, "tokens", seen, f"{len(data.splitlines())}, all 256 bytes among them")
-    return ranks

@@ -11,12 +11,14 @@ from chatglm_ov.tokenizer.files import (
     CONFIG_FILE,
     FAST,
     FAST_FILE,
+    LEFT_OUT,
     MODEL_FILE,
     TEMPLATE_FILE,
     V1_FILE,
     detect_family,
     num_image_tokens,
     read_json,
+    read_template,
 )
 
 if TYPE_CHECKING:
@@ -36,16 +38,23 @@ def load_tokenizer(folder: str | Path, *, family: str | None = None, **kwargs: A
     config = read_json(folder / CONFIG_FILE)
     if found == FAST:
         return _load_fast(folder, config, kwargs)
-    config.pop("auto_map", None)
+    for name in LEFT_OUT:
+        config.pop(name, None)
     config["name_or_path"] = str(folder)
     if (folder / TEMPLATE_FILE).is_file():
-        config["chat_template"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        config["chat_template"] = read_template(folder / TEMPLATE_FILE)
     file = folder / (V1_FILE if found == "chatglm" else MODEL_FILE)
     if not file.is_file():
         raise ChatGLMError(folder, file.name, "missing", f"the vocabulary of family {found}")
     if found == "chatglm":
         config["num_image_tokens"] = num_image_tokens(folder)
-    return _class(found)(vocab_file=str(file), **(config | kwargs))
+    try:
+        return _class(found)(vocab_file=str(file), **(config | kwargs))
+    except (TypeError, ValueError) as error:
+        if kwargs:
+            raise
+        seen = f"unusable ({str(error).splitlines()[0]})"
+        raise ChatGLMError(folder / CONFIG_FILE, "fields", seen, "those of a Hugging Face tokenizer") from error
 
 
 def _folder(folder: Any) -> Path:
