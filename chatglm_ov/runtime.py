@@ -18,6 +18,7 @@ from chatglm_ov.chains import chain_operations
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.fuse_norms import fuse_norms, fuse_residuals
+from chatglm_ov.ir_fit import check_fits
 from chatglm_ov.ir_reading import core, last_line, runnable_ir
 from chatglm_ov.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, KVCache, PluginCache
 from chatglm_ov.last_rows import add_logits_to_keep, take_last_rows_early
@@ -99,6 +100,7 @@ def load_model(
     if not path.exists():
         raise ChatGLMError(folder, "weight_format", repr(weight_format), f"one of {weight_formats(folder)}")
     model = runnable_ir(path, config, weight_format)
+    check_fits(model, config, path)
     ops = model.get_rt_info([RT_INFO, "ops"]).astype(str)
     if model.has_rt_info([RT_INFO, UNPACKED]):
         # A setting of fused operations, for speed: what runs in their place is exact to 16 bits or more.

@@ -451,3 +451,21 @@ def test_numbers_do_not_depend_on_the_locale(whole_fused_folder: Path, tmp_path:
         command = [sys.executable, "-c", LOCALE, whole_fused_folder, name, tmp_path / file]
         subprocess.run(command, check=True, env={**os.environ, "LOCPATH": str(tmp_path)})
     np.testing.assert_array_equal(np.load(tmp_path / "comma.npy"), np.load(tmp_path / "point.npy"))
+
+
+@pytest.mark.parametrize("ops", [pytest.param("fused", marks=without_library), "stock"])
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("num_layers", 5, r"layers is \d+, expected 5"),
+        ("multi_query_group_num", 1, r"num_key_value_heads is 2, expected 1"),
+        ("kv_channels", 16, r"head_dim is 32, expected 16"),
+        ("padded_vocab_size", 96, r"vocabulary is \d+, expected 96"),
+    ],
+)
+def test_a_config_of_another_model(ops: str, field: str, value: int, told: str, tmp_path: Path) -> None:
+    folder = convert(V2.checkpoint, tmp_path / "out", ("bf16",), ops=ops, progress=False)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ChatGLMError, match=f"{told}, as config.json has it"):
+        load_model(folder)
