@@ -93,10 +93,11 @@ class Request:
             "attention_mask": np.ascontiguousarray(attention_mask, np.int64),
             "position_ids": np.ascontiguousarray(position_ids, np.int64),
             "beam_idx": np.ascontiguousarray(beam_idx, np.int32),
-            "logits_to_keep": np.array([logits_to_keep], np.int64),
+            # More than there are, and fewer than none, would be other numbers in the graph's 32 bits.
+            "logits_to_keep": np.array([min(logits_to_keep, np.size(input_ids))], np.int64),
         }
         if prefix_length is not None:
-            inputs["prefix_length"] = np.ascontiguousarray(prefix_length, np.int64)
+            inputs["prefix_length"] = np.maximum(np.ascontiguousarray(prefix_length, np.int64), 0)
         with self.turns.taken():
             return self._inferred(inputs)
 
@@ -106,6 +107,7 @@ class Request:
         self._check_shapes(inputs)
         self._check_values(inputs)
         columns, prefix = inputs["attention_mask"] != 0, inputs.get("prefix_length")
+        inputs["attention_mask"] = columns
         fed, continued = columns, self._continued(inputs["beam_idx"])
         if self.trained_prefix is not None:
             continued = self._behind_the_prefix(inputs, continued)

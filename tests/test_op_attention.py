@@ -210,3 +210,13 @@ def test_angles_of_other_tokens_are_refused(rows):
     qkv, angles = sequences(10, 2, 5)
     with pytest.raises(RuntimeError, match=r"MultiHeadAttention: angles of .* wanted those of .* tokens"):
         layer(qkv, np.resize(angles, (rows, *angles.shape[1:])), np.ones((2, 5)))
+
+
+@pytest.mark.parametrize("heads", [(-2, 1, 16), (2, -1, 16), (0, 1, 16), (2, 1, 1 << 62), (1 << 40, 1, 16)])
+def test_numbers_of_heads_that_cannot_be_are_refused(heads):
+    h, g, d = heads
+    names = {"num_attention_heads": h, "num_key_value_heads": g, "head_dim": d, "in_place": 0}
+    shapes = [([1, 1, -1], np.float32), *[([1, 1, 8], np.float32)] * 2, *[([1, 1], np.int32)] * 3, ([1], np.int32)]
+    inputs = [parameter(*each).output(0) for each in [*shapes, ([1, 1, 1, -1], np.uint8)]]
+    with pytest.raises(RuntimeError, match="wanted 1 to 1048576"):
+        create("MultiHeadAttention", inputs, names)

@@ -52,6 +52,7 @@ def test_a_chain_runs_its_steps():
         (["{norm} 0 1", "{norm} @1 1"], [1], "step 1 reads the result 1"),
         (["{norm} 0 1"], [], "no results"),
         (["{norm} 0 1"], [1], "result 1 of 1"),
+        (["{norm} 0 1"], [0, 0], "result 0 twice"),
         (["{norm} 0 2"], [0], "2 inputs, fewer than its steps name"),
         (["{norm} 0 #0", "{norm} @0 #1"], [1], "1 constants, wanted 2"),
         (["{norm} 0 #1"], [0], "1 constants, wanted 2"),
@@ -72,6 +73,74 @@ def test_a_chain_that_cannot_run_is_refused(steps, results, message):
     ]
     with pytest.raises(RuntimeError, match=message):
         create("Chain", inputs, {"steps": lines, "results": results})
+
+
+DENSE = "FullyConnected {sources} format={format} out_features=40 in_features=40 group_size=0 y_features=40 \
+activation=none bias=0 residual=0 residual_scale=1 activation_bits=16 norm=none norm_eps=0 packing_version={version}"
+NORM = "Norm {sources} kind={kind} eps=1e-5 residual={residual} packing_version={version}"
+FILLED = {"format": "int8", "kind": "rms", "residual": 0}
+ARRAYS = {
+    "short": np.zeros(64, np.uint8),
+    "payload": packed_int8(np.random.default_rng(7), 40, 40)[1],
+    "ones": np.ones(40, np.float32),
+    "one": np.ones(1, np.int32),
+}
+
+
+def filled(step, words):
+    """The step, and the one constant that it names."""
+    line = step.format(**FILLED | {"version": native().PACKING_VERSION} | words)
+    for name, array in ARRAYS.items():
+        if f"#{name} " in line:
+            return line.replace(f"#{name} ", "#0 "), [array]
+    return line, []
+
+
+@pytest.mark.parametrize(
+    ("step", "words", "shape", "message"),
+    [
+        (DENSE, {"sources": "0 #short"}, [1, 1, 40], "FullyConnected: input 1 of shape .64., wanted 3264"),
+        (DENSE, {"sources": "0"}, [1, 1, 40], "FullyConnected: 1 inputs, wanted 2"),
+        (DENSE, {"sources": "0 #payload", "format": "int4"}, [1, 1, 40], "FullyConnected: .*group"),
+        (DENSE, {"sources": "0 #payload"}, [1, 5, 64], r"input 0 of shape \[1,5,64\], wanted a last dimension of 40"),
+        (NORM, {"sources": "0 #ones 0", "residual": 1, "kind": "layer"}, [2, 40], "Norm: 3 inputs, wanted 4"),
+        (NORM, {"sources": "0 #ones 1", "residual": 1}, [9, 200, 40], "Norm: a residual of shape .1,1,40., wanted"),
+        (NORM, {"sources": "0 #ones", "version": 999}, [1, 1, 40], "Norm: packing_version 999, wanted"),
+        (NORM, {"sources": "0 #ones", "kind": "other"}, [1, 1, 40], "Norm: kind 'other', wanted rms or layer"),
+        ("LastRows 0 #one packing_version={version}", {}, [2, 40], "LastRows: input 0 of shape .2,40., wanted"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused(step, words, shape, message):
+    line, constants = filled(step, words)
+    given = [parameter(shape), parameter([1, 1, 40])][: 2 if "1" in words.get("sources", "").split() else 1]
+    inputs = [*given, *map(opset.constant, constants)]
+    with pytest.raises(RuntimeError, match=message):
+        create("Chain", [node.output(0) for node in inputs], {"steps": [line], "results": [0]})
+
+
+@pytest.mark.parametrize(
+    ("step", "words", "values", "message"),
+    [
+        (DENSE, {"sources": "0 #payload"}, [(1, 5, 64)], r"FullyConnected: x of .*, wanted 40 columns"),
+        (DENSE, {"sources": "0 1"}, [(1, 5, 40), (64,)], "input 1 of shape .64., wanted 3264"),
+        (
+            NORM,
+            {"sources": "0 #ones 1", "residual": 1},
+            [(9, 20, 40), (1, 1, 40)],
+            r"Norm: input 2 of shape .*, wanted 7200",
+        ),
+        (NORM, {"sources": "0 1", "residual": 0}, [(9, 20, 40), (41,)], "wanted 41 columns"),
+    ],
+)
+def test_inputs_of_shapes_that_do_not_fit_are_told_when_it_runs(step, words, values, message):
+    line, constants = filled(step, words)
+    types = [np.float32, np.uint8 if step is DENSE else np.float32]
+    given = [parameter([-1] * len(shape), kind) for shape, kind in zip(values, types, strict=False)]
+    inputs = [node.output(0) for node in (*given, *map(opset.constant, constants))]
+    chain = create("Chain", inputs, {"steps": [line], "results": [0]})
+    model = compiled([chain.output(0)], given)
+    with pytest.raises(RuntimeError, match=message):
+        model([np.ones(shape, kind) for shape, kind in zip(values, types, strict=False)])
 
 
 def test_constants_of_a_chain_are_no_inputs():

@@ -49,6 +49,7 @@ def test_an_embedding_that_cannot_be_read_is_refused():
         ([ids, bytes_], 8, "a weight of i8, wanted f32 or bf16"),
         ([ids, floats, scales], 8, "a weight of f32, wanted f32 or bf16, or i8 with scales"),
         ([ids, floats], 7, "wanted a last dimension of 7"),
+        ([ids, floats], -1, "hidden_size -1, wanted a positive number"),
         ([ids, bytes_, floats], 8, "wanted 9 elements"),
     ):
         with pytest.raises(RuntimeError, match=message):

@@ -469,3 +469,22 @@ def test_a_config_of_another_model(ops: str, field: str, value: int, told: str, 
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(ChatGLMError, match=f"{told}, as config.json has it"):
         load_model(folder)
+
+
+@each_small
+def test_numbers_beyond_32_bits_are_those_that_are_meant(golden, open_either: Opener):
+    model = open_either(golden.checkpoint)
+    prompt, request = golden_prompt(golden, "batch", model), model.create_request()
+    wanted = call(request, prompt)
+    for told in (
+        *({"logits_to_keep": number} for number in (2**31 + 1, 2**32 + 1, 2**63 - 1)),
+        {"attention_mask": prompt.keep.astype(np.int64) << 32},
+        *({} if prompt.prefix is None else {"prefix_length": prompt.prefix * 0 - n} for n in (1, 2**31 + 1, 2**32 - 3)),
+    ):
+        request.reset()
+        made = call(request, prompt, **told)
+        if "prefix_length" in told:
+            request.reset()
+            np.testing.assert_array_equal(made, call(request, prompt, prefix_length=prompt.prefix * 0))
+        else:
+            np.testing.assert_array_equal(made, wanted)

@@ -44,6 +44,9 @@ struct ChainProgram {
     // Throws for what is no constant, and for another number of them than the steps name.
     void hold(const ov::OutputVector& nodes);
 
+    // Throws for a step that does not fit its inputs, as an operation of its own would.
+    void check(const ov::OutputVector& inputs) const;
+
     // Shape of every step's result. `number` is asked for inputs of the chain.
     std::vector<ov::PartialShape> shapes(const ov::PartialShape& input, const KnownNumber& number) const {
         std::vector<ov::PartialShape> all;
@@ -121,7 +124,10 @@ ChainProgram::ChainProgram(const std::vector<std::string>& text, const std::vect
     for (const std::string& line : text) add_step(line);
     const auto count = static_cast<int64_t>(steps.size());
     OPENVINO_ASSERT(!results.empty(), "Chain: no results");
-    for (int64_t step : results) OPENVINO_ASSERT(step >= 0 && step < count, "Chain: result ", step, " of ", count);
+    for (int64_t step : results) {
+        OPENVINO_ASSERT(step >= 0 && step < count, "Chain: result ", step, " of ", count);
+        OPENVINO_ASSERT(std::count(results.begin(), results.end(), step) == 1, "Chain: result ", step, " twice");
+    }
     choose_buffers();
 }
 
@@ -184,6 +190,17 @@ void ChainProgram::hold(const ov::OutputVector& nodes) {
     constants = nodes;
 }
 
+void ChainProgram::check(const ov::OutputVector& inputs) const {
+    ov::OutputVector made;
+    for (const Step& step : steps) {
+        ov::OutputVector sources;
+        for (const auto& [from, index] : step.sources) {
+            sources.push_back(from == From::step ? made[index] : from == From::input ? inputs[index] : constants[index]);
+        }
+        made.push_back(step.operation->clone_with_new_inputs(sources)->output(0));
+    }
+}
+
 std::shared_ptr<Chain> Chain::make(const ov::OutputVector& inputs, ov::AttributeVisitor& visitor) {
     const auto chain = std::make_shared<Chain>();
     chain->visit_attributes(visitor);
@@ -191,6 +208,7 @@ std::shared_ptr<Chain> Chain::make(const ov::OutputVector& inputs, ov::Attribute
                     " inputs, fewer than its steps name");
     const auto constants = inputs.begin() + static_cast<std::ptrdiff_t>(chain->program_->inputs);
     chain->program_->hold({constants, inputs.end()});
+    chain->program_->check({inputs.begin(), constants});
     chain->set_arguments(ov::OutputVector{inputs.begin(), constants});
     chain->constructor_validate_and_infer_types();
     return chain;

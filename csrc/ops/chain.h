@@ -31,7 +31,7 @@ public:
     OPENVINO_OP("Chain", "chatglm", Operation);
     using Cloned::Cloned;
 
-    // Another one of `inputs` as above. Throws for constants that are none.
+    // Another one of `inputs` as above. Throws for constants that are none, and for steps that do not fit.
     static std::shared_ptr<Chain> make(const ov::OutputVector& inputs, ov::AttributeVisitor& visitor);
 
     void validate_and_infer_types() override;

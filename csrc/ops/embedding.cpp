@@ -63,6 +63,7 @@ bool Embedding::visit_attributes(ov::AttributeVisitor& visitor) {
 }
 
 void Embedding::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const {
+    check_size(1, inputs[1], weight_.layout().bytes());
     const auto* payload = inputs[1].data<const uint8_t>();
     for_each_id("Embedding", inputs[0], weight_.out_features, outputs[0], weight_.in_features, team,
                 [&](int64_t id, float* y) { unpack_row(weight_.layout(), payload, id, y); });
@@ -73,6 +74,7 @@ void EmbeddingRows::validate_and_infer_types() {
     OPENVINO_ASSERT(get_input_size() == 2 || get_input_size() == 3, "EmbeddingRows: ", get_input_size(),
                     " inputs, wanted 2 or 3");
     check_type(0, ov::element::i32);
+    OPENVINO_ASSERT(hidden_size_ > 0, "EmbeddingRows: hidden_size ", hidden_size_, ", wanted a positive number");
     const auto type = get_input_element_type(1);
     const bool scaled = get_input_size() == 3;
     OPENVINO_ASSERT(scaled ? type == ov::element::i8 : type == ov::element::f32 || type == ov::element::bf16,
@@ -97,7 +99,10 @@ bool EmbeddingRows::visit_attributes(ov::AttributeVisitor& visitor) {
 }
 
 void EmbeddingRows::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const {
-    for_each_id("EmbeddingRows", inputs[0], dim(inputs[1], 0), outputs[0], hidden_size_, team,
+    const int64_t rows = dim(inputs[1], 0);
+    check_size(1, inputs[1], rows * hidden_size_);
+    if (inputs.size() == 3) check_size(2, inputs[2], rows);
+    for_each_id("EmbeddingRows", inputs[0], rows, outputs[0], hidden_size_, team,
                 [&](int64_t id, float* y) { unpack(inputs[1], inputs, id, hidden_size_, y); });
 }
 

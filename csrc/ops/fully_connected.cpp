@@ -8,6 +8,8 @@ void FullyConnected::validate_and_infer_types() {
     check_version();
     OPENVINO_ASSERT(norm_ == "none" || norm_ == "rms" || norm_ == "layer", "FullyConnected: norm '", norm_,
                     "', wanted none, rms or layer");
+    OPENVINO_ASSERT((bias_ == 0 || bias_ == 1) && (residual_ == 0 || residual_ == 1), "FullyConnected: bias ", bias_,
+                    ", residual ", residual_, ", wanted 0 or 1");
     const size_t norm_inputs = norm_ == "none" ? 0 : norm_ == "rms" ? 1 : 2;
     const size_t first_of_norm = 2 + static_cast<size_t>(bias_ + residual_);
     check_inputs(first_of_norm + norm_inputs);
@@ -56,7 +58,12 @@ bool FullyConnected::visit_attributes(ov::AttributeVisitor& visitor) {
 
 void FullyConnected::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& team) const {
     const ov::Tensor& x = inputs[0];
-    const int64_t rows = static_cast<int64_t>(x.get_size()) / weight_.in_features;
+    const PackedLayout layout = weight_.layout();
+    const int64_t rows = static_cast<int64_t>(x.get_size()) / layout.in_features;
+    OPENVINO_ASSERT(static_cast<int64_t>(x.get_shape().back()) == layout.in_features, "FullyConnected: x of ",
+                    x.get_shape(), ", wanted ", layout.in_features, " columns");
+    check_size(1, inputs[1], layout.bytes());
+    if (bias_) check_size(2, inputs[2], layout.panels() * kPanel);
     Epilogue epilogue;
     epilogue.activation = parse_activation(activation_);
     epilogue.bias = bias_ ? inputs[2].data<const float>() : nullptr;
@@ -72,12 +79,13 @@ void FullyConnected::run(ov::TensorVector& outputs, const ov::TensorVector& inpu
     RowNorm norm;
     if (norm_ != "none") {
         const size_t first = 2 + static_cast<size_t>(bias_ + residual_);
+        for (size_t i = first; i < inputs.size(); ++i) check_size(i, inputs[i], layout.in_features);
         norm.weight = inputs[first].data<const float>();
         norm.bias = norm_ == "layer" ? inputs[first + 1].data<const float>() : nullptr;
         norm.eps = norm_eps_;
     }
     FullyConnectedCall call{};
-    call.layout = weight_.layout();
+    call.layout = layout;
     call.weight = inputs[1].data<const uint8_t>();
     call.activation_bits = static_cast<int>(activation_bits_);
     call.rows = rows;

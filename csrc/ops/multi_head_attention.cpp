@@ -7,6 +7,9 @@
 namespace chatglm {
 namespace {
 
+// Products of three numbers up to this are far from the end of int64.
+constexpr int64_t kMostHeads = 1 << 20;
+
 enum Input : size_t { kQkv, kCos, kSin, kTable, kSlots, kVisible, kCopied, kCache, kInputs };
 
 }  // namespace
@@ -14,9 +17,12 @@ enum Input : size_t { kQkv, kCos, kSin, kTable, kSlots, kVisible, kCopied, kCach
 void MultiHeadAttention::validate_and_infer_types() {
     check_version();
     check_inputs(kInputs);
-    OPENVINO_ASSERT(head_dim_ > 0 && num_key_value_heads_ > 0 && num_attention_heads_ % num_key_value_heads_ == 0,
-                    "MultiHeadAttention: ", num_attention_heads_, " heads, wanted a multiple of num_key_value_heads ",
-                    num_key_value_heads_);
+    for (int64_t size : {num_attention_heads_, num_key_value_heads_, head_dim_}) {
+        OPENVINO_ASSERT(size > 0 && size <= kMostHeads, "MultiHeadAttention: ", num_attention_heads_, " heads, ",
+                        num_key_value_heads_, " of keys and values, of ", head_dim_, " dims, wanted 1 to ", kMostHeads);
+    }
+    OPENVINO_ASSERT(num_attention_heads_ % num_key_value_heads_ == 0, "MultiHeadAttention: ", num_attention_heads_,
+                    " heads, wanted a multiple of num_key_value_heads ", num_key_value_heads_);
     for (size_t i : {kQkv, kCos, kSin}) {
         check_type(i, ov::element::f32);
         check_rank(i, 3);

@@ -7,6 +7,7 @@ namespace chatglm {
 void Norm::validate_and_infer_types() {
     check_version();
     OPENVINO_ASSERT(kind_ == "rms" || kind_ == "layer", "Norm: kind '", kind_, "', wanted rms or layer");
+    OPENVINO_ASSERT(residual_ == 0 || residual_ == 1, "Norm: residual ", residual_, ", wanted 0 or 1");
     check_inputs((kind_ == "rms" ? 2 : 3) + static_cast<size_t>(residual_));
     for (size_t i = 0; i < get_input_size(); ++i) check_type(i, ov::element::f32);
     const auto& weight = get_input_partial_shape(1);
@@ -36,6 +37,8 @@ void Norm::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team& 
     OPENVINO_ASSERT(size > 0 && inputs[0].get_shape().back() == inputs[1].get_size(), "Norm: x of ",
                     inputs[0].get_shape(), ", wanted ", size, " columns");
     const int64_t rows = static_cast<int64_t>(inputs[0].get_size()) / size;
+    if (kind_ == "layer") check_size(2, inputs[2], size);
+    if (residual_) check_size(inputs.size() - 1, inputs.back(), rows * size);
     const RowNorm norm{inputs[1].data<const float>(), kind_ == "layer" ? inputs[2].data<const float>() : nullptr, eps_};
     const auto* x = inputs[0].data<const float>();
     const float* residual = residual_ ? inputs.back().data<const float>() : nullptr;

@@ -68,6 +68,12 @@ protected:
                         get_type_name(), ": input ", input, " of shape ", shape, ", wanted ", count, " elements");
     }
 
+    // The same of what it is run with, which a Chain knows no sooner.
+    void check_size(size_t input, const ov::Tensor& tensor, int64_t count) const {
+        OPENVINO_ASSERT(static_cast<int64_t>(tensor.get_size()) == count, get_type_name(), ": input ", input,
+                        " of shape ", tensor.get_shape(), ", wanted ", count, " elements");
+    }
+
     void check_rank(size_t input, int64_t rank) const {
         const auto& shape = get_input_partial_shape(input);
         OPENVINO_ASSERT(shape.rank().compatible(rank), get_type_name(), ": input ", input, " of shape ", shape,
