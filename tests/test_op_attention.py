@@ -220,3 +220,23 @@ def test_numbers_of_heads_that_cannot_be_are_refused(heads):
     inputs = [parameter(*each).output(0) for each in [*shapes, ([1, 1, 1, -1], np.uint8)]]
     with pytest.raises(RuntimeError, match="wanted 1 to 1048576"):
         create("MultiHeadAttention", inputs, names)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("at", [5, 20, 300])
+@pytest.mark.parametrize("cache_type", ["f32", "bf16", "int8"])
+def test_what_is_not_finite_does_not_reach_tokens_before_it(cache_type, at, value):
+    """Not even those in its tile, of whose weights its own are 0; alone, in a tile of several parts, and in chunks."""
+    length = at + 9
+    qkv, angles = sequences(0, 1, length)
+    qkv[0, at, (H + G) * D :] = value
+    capacity = (4, length // 32 + 1)
+    whole = Layer(cache_type, capacity=capacity)(qkv, angles, np.ones((1, length)))[0]
+    before = Layer(cache_type, capacity=capacity)(qkv[:, :at], angles[:, :at], np.ones((1, at)))[0]
+    assert np.isfinite(before).all() and np.isfinite(whole[:at]).all()
+    np.testing.assert_allclose(whole[:at], before, rtol=0.02, atol=0.02)
+    assert not np.isfinite(whole[at:]).all(1).any()
+    layer = Layer(cache_type, capacity=capacity)
+    layer(qkv[:, : at - 2], angles[:, : at - 2], np.ones((1, at - 2)))
+    chunk = layer(qkv[:, at - 2 :], angles[:, at - 2 :], np.ones((1, length)))[0]
+    assert np.isfinite(chunk[:2]).all() and not np.isfinite(chunk[2:]).all(1).any()

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -92,6 +93,12 @@ void append(const KernelTable& kernels, const AttentionCall& call, Team& team) {
     });
 }
 
+bool are_finite(const float* x, int64_t count) {
+    float nothing = 0.0f;
+    for (int64_t i = 0; i < count; ++i) nothing += x[i] * 0.0f;
+    return nothing == 0.0f;
+}
+
 // Query rows (column, head) that share a kv head lie in the order column * group + head: a tile is 16 of them, so
 // that one-token calls of grouped heads and long prompts fill tiles alike.
 struct Tiles {
@@ -131,8 +138,20 @@ struct Tiles {
             std::fill(query + r * padded + dim, query + (r + 1) * padded, 0.0f);
             visible[r] = call.visible[at];
         }
-        kernels.attention.attend({call.layout, used, query, visible, view.blocks(row, kv_head), begin, end,
-                                  this->end(row, tile), context, max, sum});
+        AttentionTile task{call.layout, used, query, visible, view.blocks(row, kv_head), begin, end,
+                           this->end(row, tile), context, max, sum};
+        kernels.attention.attend(task);
+        // A value that is not finite makes NaN of a weight of 0 too: rows that do not see it go by themselves then.
+        for (int64_t r = 0; r < used; ++r) {
+            const int64_t seen = visible[r];
+            if (seen >= end || are_finite(context + r * padded, dim)) continue;
+            std::fill_n(context + r * padded, padded, 0.0f);
+            max[r] = -std::numeric_limits<float>::infinity();
+            sum[r] = 0.0f;
+            if (seen <= begin) continue;
+            kernels.attention.attend({call.layout, 1, query + r * padded, visible + r, task.blocks, begin,
+                                      std::min(end, seen), seen, context + r * padded, max + r, sum + r});
+        }
     }
 
     void write(int64_t row, int64_t kv_head, int64_t tile, const float* context, const float* sum) const {
