@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -315,8 +314,7 @@ def _write_side_files(source: Path, folder: Path, fields: dict[str, Any], config
     generation = source / "generation_config.json"
     if generation.exists():
         refuse_placeholder(generation)
-        read_json_object(generation)
-        shutil.copyfile(generation, folder / generation.name)
+        _write_json(folder / generation.name, read_json_object(generation))
     else:
         ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         _write_json(folder / generation.name, {name: value for name, value in ids.items() if value is not None})

@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 
+def first_line(error: BaseException) -> str:
+    """Of its message; the name of its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class ChatGLMError(Exception):
     """A user error, told in one line: where it is, which field, what was seen, what was wanted.
 

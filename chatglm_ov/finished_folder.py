@@ -39,7 +39,9 @@ def finished_or_nothing(target: Path, overwrite: bool, replace: bool = True) -> 
             _put_in_place(partial, target, overwrite, replace)
     except OSError as error:
         said = error.strerror or error
-        if error.filename is not None and not _is_part(Path(os.fsdecode(error.filename)), target):
+        # Of a copy that fails the first name is what was read, whatever failed.
+        places = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if name is not None]
+        if places and not any(_is_part(place, target) for place in places):
             raise ChatGLMError(error.filename, "file", f"not readable ({said})", "one that can be read") from error
         raise ChatGLMError(target, "output", f"not writable ({said})", "a folder on a disk with room") from error
 

@@ -28,6 +28,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Fields of published files that would switch on parts of transformers that have no say here.
 _LEFT_OUT = {
+    "_name_or_path",
     "architectures",
     "attn_implementation",
     "auto_map",
@@ -35,11 +36,9 @@ _LEFT_OUT = {
     "quantization_config",
     "rope_parameters",
     "rope_scaling",
-    "sub_configs",
     "text_config",
     "torch_dtype",
     "transformers_version",
-    "use_return_dict",
 }
 
 
@@ -67,8 +66,9 @@ class OVChatGLMConfig(PretrainedConfig):
     def from_folder(cls, folder: Path | str, architecture: ArchitectureConfig) -> OVChatGLMConfig:
         """Of `folder/config.json`, whose typed form is `architecture`."""
         generation = set(vars(GenerationConfig())) - set(_TOKEN_IDS)
-        stored = {name: value for name, value in read_config_json(folder).items() if not name.startswith("_")}
-        fields = {name: value for name, value in stored.items() if name not in generation | _LEFT_OUT}
+        # What the base class has of its own, methods and computed fields among them, says nothing of these models.
+        own = set(dir(PretrainedConfig)) - {"model_type"}
+        fields = {k: v for k, v in read_config_json(folder).items() if k not in generation | own | _LEFT_OUT}
         fields |= {name: getattr(architecture, name) for name in _TOKEN_IDS}
         fields |= {"vocab_size": architecture.vocab_rows, "num_hidden_layers": architecture.num_layers}
         if architecture.max_positions is not None:

@@ -295,7 +295,6 @@ def test_text_is_shown_as_it_comes(converted: Path) -> None:
     [
         {"return_dict_in_generate": True, "output_scores": True},
         {"num_beams": 2, "num_return_sequences": 2},
-        {"stop_strings": ["。"]},
     ],
 )
 def test_generation_config_of_many_kinds(fields: dict, converted: Path, tmp_path: Path, run: Run) -> None:
@@ -305,3 +304,15 @@ def test_generation_config_of_many_kinds(fields: dict, converted: Path, tmp_path
     for raw in ([], ["--raw"]):
         done = run("generate", folder, "--prompt", "床前明月光", "--max-new-tokens", 4, "--no-stream", *EXACT, *raw)
         assert (done.code, done.err.count("error")) == (0, 0)
+
+
+@pytest.mark.parametrize("raw", [[], ["--raw"]])
+def test_stop_texts_of_a_generation_config(raw: list[str], converted: Path, tmp_path: Path, run: Run) -> None:
+    folder = shutil.copytree(converted, tmp_path / "model")
+    asked = ("generate", folder, "--prompt", "床前明月光", "--max-new-tokens", 12, "--no-stream", *EXACT, *raw)
+    whole = run(*asked).out.strip()
+    stop = whole[len(whole) // 2]
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stop_strings": [stop]}))
+    done = run(*asked)
+    assert (done.code, done.out.strip()) == (0, whole.partition(stop)[0].strip())

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,13 @@ def test_interrupts_that_come_out_as_other_errors(program: Program) -> None:
 
     assert program(action) == Outcome(130, "", "tool: error: interrupted\n")
     assert program(fail(ImportError("x"))).code == 1
+
+    def handled() -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("a fault")
+
+    assert program(handled).code == 1
     assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from chatglm_ov import ChatGLMError
 from chatglm_ov.generation import inputs
-from chatglm_ov.generation.cache import common_prefix
+from chatglm_ov.generation.cache import CACHE_NAME, common_prefix
 from chatglm_ov.generation.inputs import Step, pieces
 from chatglm_ov.generation.stream import _Tokens, stream_tokens
 
@@ -297,7 +297,7 @@ def test_a_first_generation_prompt_goes_on_right_before_its_end(golden, prompt, 
     assert torch.equal(greedy(model, ids, reuse_cache=True), wanted)
     assert model.reused_tokens == ids.shape[1] - 1
     end = int((ids[0] == model.config.bos_token_id).nonzero()[0])
-    whole = model(ids).past_key_values if hasattr(model(ids), "past_key_values") else model(ids).cache
+    whole = model(ids)[CACHE_NAME]
     whole.crop(end - ids.shape[1])
     assert whole.get_seq_length() == end
     assert torch.equal(greedy(model, ids, past_key_values=whole), wanted)

@@ -252,7 +252,12 @@ def test_criteria_get_the_scores_that_are_kept(models):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("max_matching_ngram_size", 2.5), ("assistant_early_exit", 2), ("prompt_lookup_num_tokens", 0)],
+    [
+        ("max_matching_ngram_size", 2.5),
+        ("max_matching_ngram_size", -3),
+        ("assistant_early_exit", 2),
+        ("prompt_lookup_num_tokens", 0),
+    ],
 )
 def test_what_no_guess_can_be_made_with(models, option, value):
     with pytest.raises(ChatGLMError, match=f"generate: {option} is {value}"):

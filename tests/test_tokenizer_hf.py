@@ -343,6 +343,8 @@ def test_added_tokens_keep_to_words_and_swallow_blanks(folders, family):
     for text, tokens in {"b ab.": {"ab"}, "bab abb": set(), "ab": {"ab"}, "a <y> b": {"<y>"}, "ab!": {"ab!"}}.items():
         assert set(tokenizer.tokenize(text)) & {"ab", "<y>", "ab!"} == tokens
     assert tokenizer.tokenize("a  <y>  b") == tokenizer.tokenize("a<y>b")
+    tokenizer.add_tokens(["<y>z"])
+    assert "<y>z" in tokenizer.tokenize("a <y>z")
 
 
 @families
@@ -350,7 +352,10 @@ def test_ids_of_padding_rows_and_of_nothing(tokenizers, family):
     tokenizer = tokenizers[family]
     behind = len(tokenizer)
     assert tokenizer.decode([behind]) == tokenizer.convert_ids_to_tokens(behind) == ""
-    assert tokenizer.convert_ids_to_tokens([9, behind]) == [tokenizer.convert_ids_to_tokens(9), ""]
+    pad, other = (tokenizer.convert_ids_to_tokens(index) for index in (tokenizer.pad_token_id, 9))
+    for ids in ([tokenizer.pad_token_id, 9, behind], iter([tokenizer.pad_token_id, 9, behind])):
+        assert tokenizer.convert_ids_to_tokens(ids) == [pad, other, ""]
+    assert tokenizer.convert_ids_to_tokens([tokenizer.pad_token_id, 9, behind], skip_special_tokens=True) == [other, ""]
     for ids in (-1, [5, -100], [1 << 40]):
         with pytest.raises(ChatGLMError, match=r"Tokenizer.convert_ids_to_tokens: token id is (-1|-100|1\d+) at index"):
             tokenizer.convert_ids_to_tokens(ids)

@@ -153,9 +153,9 @@ def complete(model: Any, tokenizer: Any, prompt: str, show: Show | None = None, 
     length = inputs["input_ids"].shape[1]
     room = getattr(model.config, "max_position_embeddings", length + DEFAULT_NEW_TOKENS) - length
     options = {"max_new_tokens": max(1, min(DEFAULT_NEW_TOKENS, room)), **ONE_ANSWER, **options}
-    stops = StopStrings(options.get("stop_strings") or model.generation_config.stop_strings)
-    # For these generate() would want a tokenizer.
-    options["stop_strings"] = None
+    texts = options.get("stop_strings")
+    stops = StopStrings(model.generation_config.stop_strings if texts is None else texts)
+    options["stop_strings"] = None  # for which generate() would want a tokenizer
     criteria = StoppingCriteriaList([watch, *stops.criteria(tokenizer, length)])
     if show is not None:
         options["streamer"] = GrowingText(tokenizer, lambda text: show(stops.certain(text)))

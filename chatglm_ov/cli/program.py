@@ -59,7 +59,8 @@ def execute(parser: Parser, argv: Sequence[str] | None, command: Command) -> int
         except OSError as error:
             return _report(parser.prog, _os_error(error), USER_ERROR, debug)
         except Exception as error:
-            if interrupts:  # an import that Ctrl-C ends may come out as another error
+            # An import that Ctrl-C ends may come out so.
+            if interrupts and isinstance(error, (ImportError, RecursionError)):
                 return _report(parser.prog, "interrupted", INTERRUPTED, debug)
             message = f"{type(error).__name__}: {error} (--debug shows where)"
             return _report(parser.prog, message, FAULT, debug)

@@ -40,9 +40,7 @@ class ChatMixin:
     ) -> tuple[Any, list]:
         """(answer, history with this round). The answer is text, for a tool call a dict with `name`."""
         chat, ids = _prompt(tokenizer, query, history, role)
-        stops, ends = self.stop_ids(chat, tokenizer, options), self.stop_texts(chat, options)
-        settings = _settings(chat, len(ids), {**options, "eos_token_id": stops}, self.config)
-        settings |= _stopping(ends.criteria(tokenizer, len(ids)), settings)
+        stops, ends, settings = self._arguments(chat, tokenizer, len(ids), options)
         output = self.generate(torch.tensor([ids]), **settings)  # type: ignore[attr-defined]
         return chat.answer(tokenizer, output[0, len(ids) :].tolist(), query, history, role, stops, ends.cut)
 
@@ -60,9 +58,7 @@ class ChatMixin:
         Characters come whole. A model that thinks first has the last message's `thinking` growing while the answer is
         "". Closing the iterator ends the answer."""
         chat, ids = _prompt(tokenizer, query, history, role)
-        stops, ends = self.stop_ids(chat, tokenizer, options), self.stop_texts(chat, options)
-        settings = _settings(chat, len(ids), {**options, "eos_token_id": stops}, self.config)
-        settings |= _stopping(ends.criteria(tokenizer, len(ids)), settings)
+        stops, ends, settings = self._arguments(chat, tokenizer, len(ids), options)
         stream = TextStream(tokenizer)
 
         handles: list[StateCache] = []
@@ -89,6 +85,14 @@ class ChatMixin:
                 yield told_so_far(text)
 
         return answers()
+
+    def _arguments(
+        self, chat: ChatFormat, tokenizer: Any, prompt: int, options: dict[str, Any]
+    ) -> tuple[list[int], StopStrings, dict[str, Any]]:
+        """What ends an answer to a prompt of so many tokens, ids and texts, and the arguments of generate() for it."""
+        stops, ends = self.stop_ids(chat, tokenizer, options), self.stop_texts(chat, options)
+        settings = _settings(chat, prompt, {**options, "eos_token_id": stops}, self.config)
+        return stops, ends, settings | _stopping(ends.criteria(tokenizer, prompt), settings)
 
     def stop_ids(self, chat: ChatFormat, tokenizer: Any, options: dict[str, Any]) -> list[int]:
         """What ends an answer: `eos_token_id` of the options; without it the tokens of the chat format, of the options'
@@ -129,7 +133,7 @@ def _settings(chat: ChatFormat, prompt: int, options: dict[str, Any], config: An
     _check(options)
     given = {name: value for name, value in options.items() if value is not None}
     told = _of_config(given.get("generation_config"))
-    given = _greedy_at_zero(given, given.get("generation_config"))
+    given = _greedy_at_zero(given)
     given.pop("past_key_values", None)
     defaults = chat.defaults.as_dict() if told is None else {"max_length": chat.defaults.max_length, **told}
     settings = {**defaults, **ONE_ANSWER, "reuse_cache": True, **given}
@@ -151,10 +155,10 @@ def _check(options: dict[str, Any]) -> None:
         raise ChatGLMError("chat", "past_key_values", seen, "None or what stream_chat() returned")
 
 
-def _greedy_at_zero(given: dict[str, Any], config: GenerationConfig | None) -> dict[str, Any]:
+def _greedy_at_zero(given: dict[str, Any]) -> dict[str, Any]:
     """The options where temperature 0, of them or of their config, means greedy, as it does to users of other
     programs."""
-    if given.get("temperature", getattr(config, "temperature", None)) != 0:
+    if given.get("temperature", getattr(given.get("generation_config"), "temperature", None)) != 0:
         return given
     return given | {"temperature": 1.0, "do_sample": False}
 

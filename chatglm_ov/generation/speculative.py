@@ -85,7 +85,7 @@ def guesser(config: GenerationConfig, assistant: Any) -> Guesses:
         tokens, ngram = config.prompt_lookup_num_tokens, config.max_matching_ngram_size
         if not isinstance(tokens, int) or tokens < 1:
             raise ChatGLMError("generate", "prompt_lookup_num_tokens", tokens, "a number from 1")
-        if not isinstance(ngram, (int, type(None))):
+        if not (ngram is None or (isinstance(ngram, int) and ngram > 0)):
             raise ChatGLMError("generate", "max_matching_ngram_size", ngram, "a number from 1, or None")
         return PromptLookup(tokens, ngram or LONGEST_NGRAM)
     own = assistant.generation_config

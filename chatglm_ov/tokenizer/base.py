@@ -106,11 +106,11 @@ class GLMTokenizer(PreTrainedTokenizer):
         """As in Hugging Face. An id of a padding row behind the vocabulary has the token ""."""
         checked, size = self._checked_ids(ids, "convert_ids_to_tokens"), len(self)
         if all(index < size for index in checked):
-            return super().convert_ids_to_tokens(ids, skip_special_tokens)
+            return super().convert_ids_to_tokens(ids if isinstance(ids, int) else checked, skip_special_tokens)
         if isinstance(ids, int):
             return ""
-        convert = super().convert_ids_to_tokens
-        return ["" if i >= size else convert(i) for i in checked if i not in self._skipped_ids(skip_special_tokens)]
+        convert, skipped = super().convert_ids_to_tokens, set(self.all_special_ids if skip_special_tokens else ())
+        return ["" if index >= size else convert(index) for index in checked if index not in skipped]
 
     def _rows(self) -> int:
         return -(-len(self) // _ROW_MULTIPLE) * _ROW_MULTIPLE

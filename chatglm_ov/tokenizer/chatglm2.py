@@ -22,11 +22,9 @@ _BEHIND_GMASK = r"(?<=\[gMASK\])"
 
 
 def _pattern(token: AddedToken) -> str:
-    """The token as a group, and the whitespace that it swallows on either side."""
+    """Where the token is one."""
     name = _BEHIND_GMASK * (token.content in _WORDS) + re.escape(token.content)
-    before, after = (r"(?<!\w)", r"(?!\w)") if token.single_word else ("", "")
-    blanks = r"\s*"
-    return f"{blanks * token.lstrip}{before}({name}){after}{blanks * token.rstrip}"
+    return rf"(?<!\w){name}(?!\w)" if token.single_word else name
 
 
 class ChatGLM2Tokenizer(PieceTokenizer):
@@ -83,16 +81,18 @@ class ChatGLM2Tokenizer(PieceTokenizer):
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
         if split or not self._added_tokens_encoder:
             return self._encode_pieces(text)
-        tokens, end = [], 0
-        for found in re.finditer(self._added_pattern(), text):
-            tokens += [*self._encode_pieces(text[end : found.start()]), found[found.lastindex or 0]]
-            end = found.end()
-        return tokens + self._encode_pieces(text[end:])
+        added = {token.content: token for token in self._added_tokens_decoder.values()}
+        between, *rest = re.split(self._added_pattern(), text)
+        tokens: list[str] = []
+        for name, behind in zip(rest[::2], rest[1::2], strict=True):
+            tokens += [*self._encode_pieces(between.rstrip() if added[name].lstrip else between), name]
+            between = behind.lstrip() if added[name].rstrip else behind
+        return tokens + self._encode_pieces(between)
 
     def _added_pattern(self) -> str:
-        """A group for each token. Of several that begin at one place it finds the longest."""
+        """Of several tokens that begin at one place it finds the longest."""
         tokens = sorted(self._added_tokens_decoder.values(), key=lambda token: len(token.content), reverse=True)
-        return "|".join(map(_pattern, tokens))
+        return f"({'|'.join(map(_pattern, tokens))})"
 
     def encode_ordinary(self, text: str) -> list[int]:
         return [self._vocab[piece] for piece in self._encode_pieces(text)]

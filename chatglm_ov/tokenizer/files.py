@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from chatglm_ov.config import read_json_object
-from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.errors import ChatGLMError, first_line
 from chatglm_ov.tokenizer.ranks import read_ranks
 from chatglm_ov.tokenizer.sentencepiece_model import load_sentencepiece
 from chatglm_ov.weight_files import refuse_placeholder
@@ -44,13 +44,26 @@ _RANK_LINE = re.compile(rb"[A-Za-z0-9+/=]+ \d+\r?\n?\Z")
 def read_template(path: Path) -> str:
     """A chat template. Raises ChatGLMError for what is no text."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ChatGLMError(path, "contents", f"not UTF-8 ({error.reason} at byte {error.start})", "a text") from None
 
 
+def check_there(path: Path, family: str) -> None:
+    """Raises ChatGLMError for a vocabulary file that is missing."""
+    if not path.is_file():
+        raise ChatGLMError(path.parent, path.name, "missing", f"the vocabulary of family {family}")
+
+
+def unreadable(path: Path, error: Exception) -> ChatGLMError:
+    """Of a tokenizer.json that the library refused."""
+    seen = f"one that cannot be read ({type(error).__name__}: {first_line(error)})"
+    return ChatGLMError(path, "content", seen, "a tokenizer.json of the tokenizers library")
+
+
 def check_vocabulary(path: Path, family: str) -> None:
     """Raises ChatGLMError for a vocabulary file that a tokenizer of that family cannot be made of."""
+    check_there(path, family)
     refuse_placeholder(path)
     if family == FAST:
         from tokenizers import Tokenizer
@@ -58,8 +71,7 @@ def check_vocabulary(path: Path, family: str) -> None:
         try:
             Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more special
-            seen = f"one that cannot be read ({str(error).splitlines()[0]})"
-            raise ChatGLMError(path, "content", seen, "a tokenizer.json of the tokenizers library") from None
+            raise unreadable(path, error) from None
     elif family == "glm4":
         read_ranks(path.read_bytes(), path)
     else:

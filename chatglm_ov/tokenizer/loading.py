@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatglm_ov.chat.templates import template_of
-from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.errors import ChatGLMError, first_line
 from chatglm_ov.tokenizer.files import (
     CONFIG_FILE,
     FAST,
@@ -15,10 +15,12 @@ from chatglm_ov.tokenizer.files import (
     MODEL_FILE,
     TEMPLATE_FILE,
     V1_FILE,
+    check_there,
     detect_family,
     num_image_tokens,
     read_json,
     read_template,
+    unreadable,
 )
 
 if TYPE_CHECKING:
@@ -44,16 +46,17 @@ def load_tokenizer(folder: str | Path, *, family: str | None = None, **kwargs: A
     if (folder / TEMPLATE_FILE).is_file():
         config["chat_template"] = read_template(folder / TEMPLATE_FILE)
     file = folder / (V1_FILE if found == "chatglm" else MODEL_FILE)
-    if not file.is_file():
-        raise ChatGLMError(folder, file.name, "missing", f"the vocabulary of family {found}")
+    check_there(file, found)
     if found == "chatglm":
         config["num_image_tokens"] = num_image_tokens(folder)
     try:
         return _class(found)(vocab_file=str(file), **(config | kwargs))
-    except (TypeError, ValueError) as error:
+    except ChatGLMError:
+        raise
+    except Exception as error:  # some releases assert
         if kwargs:
             raise
-        seen = f"unusable ({str(error).splitlines()[0]})"
+        seen = f"unusable ({first_line(error)})"
         raise ChatGLMError(folder / CONFIG_FILE, "fields", seen, "those of a Hugging Face tokenizer") from error
 
 
@@ -86,7 +89,6 @@ def _load_fast(folder: Path, config: dict[str, Any], kwargs: dict[str, Any]) -> 
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **defaults | kwargs)
     except Exception as error:  # the library raises its own kinds, some of them plain Exception
-        seen = f"one that cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        raise ChatGLMError(folder / FAST_FILE, "content", seen, "a tokenizer.json of the tokenizers library") from None
+        raise unreadable(folder / FAST_FILE, error) from None
     tokenizer.chat_template = tokenizer.chat_template or template_of(tokenizer)
     return tokenizer

@@ -30,6 +30,7 @@ ov::PartialShape LastRows::output_shape(ov::PartialShape x, const KnownNumber& n
 void LastRows::run(ov::TensorVector& outputs, const ov::TensorVector& inputs, Team&) const {
     OPENVINO_ASSERT(inputs[0].get_shape().size() == 3, "LastRows: input 0 of shape ", inputs[0].get_shape(),
                     ", wanted [B, L, C]");
+    check_size(1, inputs[1], 1);
     const auto number = [&](size_t input) { return *inputs[input].data<const int32_t>(); };
     const ov::Shape shape = output_shape(inputs[0].get_shape(), number).to_shape();
     outputs[0].set_shape(shape);
