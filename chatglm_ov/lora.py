@@ -76,9 +76,13 @@ class _AdapterConfig(BaseModel):
         return alpha / (sqrt(rank) if self.use_rslora else rank)
 
 
+def _at_the_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})"
+
+
 def _by_pattern(patterns: Mapping[str, T] | None, module: str, default: T) -> T:
     """The value of the first pattern that is the end of the module's name, from a dot or its beginning on."""
-    found = (value for pattern, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({pattern})", module))
+    found = (value for pattern, value in (patterns or {}).items() if re.fullmatch(_at_the_end(pattern), module))
     return next(found, default)
 
 
@@ -159,7 +163,7 @@ def _read_config(folder: Path) -> _AdapterConfig:
 def _check_patterns(path: Path, field: str, patterns: Mapping[str, float]) -> None:
     for pattern in patterns:
         try:
-            re.compile(pattern)
+            re.compile(_at_the_end(pattern))
         except re.error as error:
             raise ChatGLMError(path, field, f"{pattern!r} ({error})", "regular expressions") from None
 

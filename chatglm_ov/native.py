@@ -46,7 +46,7 @@ def _load() -> ModuleType | str:
 def _from_file(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(NAME, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python module")
+        raise ImportError(f"{path or 'an empty name'} is no Python module")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[NAME] = module

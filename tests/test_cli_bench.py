@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,25 @@ def test_weights_without_integers_have_no_bits_of_activations(
     caplog.clear()
     assert run(*asked, "--weight-format", "bf16", "int8").code == 0
     assert caplog.messages == []
+
+
+def test_a_trained_prefix_is_left_out(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    config = source / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pre_seq_len": 8}))
+    assert run("bench", source, *FEW, "--weight-format", "int8", "--work-folder", tmp_path).code == 0
+
+
+def test_a_converted_folder_needs_no_other(converted: Path, tmp_path: Path, run: Run) -> None:
+    told = run("bench", converted, *FEW, "--work-folder", tmp_path).error
+    assert told == f"--work-folder: value is {tmp_path}, expected a checkpoint or --preset with it"
+
+
+def test_a_checkpoint_is_not_written_over(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    before = {path: path.read_bytes() for path in source.iterdir()}
+    assert len(before) > 4
+    for path in before:
+        for option in ("--json", "--picture"):
+            assert "which the command needs itself" in run("bench", source, *FEW, option, path).error
+    assert {path: path.read_bytes() for path in source.iterdir()} == before

@@ -5,10 +5,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import Run, checkpoint, converted, reader_went_away, run  # noqa: F401
+from safetensors.torch import load_file, save_file
+
+from chatglm_ov import convert
 
 POEMS = [
     {"title": "静夜思", "author": "李白", "text": "床前明月光，疑是地上霜。举头望明月，低头思故乡。"},
@@ -91,7 +96,8 @@ def test_folders_and_files_that_are_not_there(converted: Path, poems: Path, tmp_
 
 def test_what_is_read_is_not_written_over(converted: Path, poems: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
-    for file in (poems, tmp_path / "link" / poems.name, converted / "config.json", converted / "tokenizer.model"):
+    names = ("config.json", "generation_config.json", "tokenizer.model", "int8/openvino_model.bin")
+    for file in (poems, tmp_path / "link" / poems.name, *(converted / name for name in names)):
         before = file.read_bytes()
         told = run("eval", converted, "--data", poems, "--reference", converted, "--json", file).error
         assert told == f"--json: file is {file}, which the command needs itself, expected another file"
@@ -106,3 +112,30 @@ def test_figures_are_written_though_nobody_reads_the_table(
     assert done.code == 141
     (model,) = json.loads((tmp_path / "figures.json").read_text())["models"]
     assert model["label"] == "int8"
+
+
+def test_a_model_that_is_broken(
+    checkpoint: Path, poems: Path, tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Figures that are none are null in the file, and the others are there."""
+    for name, scale, seen in (("far", -1e4, "inf"), ("nan", np.float32(3e38), "nan")):
+        broken = shutil.copytree(checkpoint, tmp_path / name)
+        head = "transformer.output_layer.weight"
+        index = json.loads((broken / "model.safetensors.index.json").read_text())
+        shard = broken / index["weight_map"][head]
+        weights = load_file(shard)
+        save_file({**weights, head: weights[head].float() * float(scale)}, shard)
+        folder = convert(broken, tmp_path / f"{name}-ov", ("f32",), progress=False)
+        done = run("eval", folder, "--data", poems, "--json", tmp_path / "figures.json")
+        assert done.code == 0, done.err
+        assert seen in done.out
+        (model,) = json.loads((tmp_path / "figures.json").read_text())["models"]
+        assert model["perplexity"] is None and 0 <= model["right"] <= 1
+        assert (f"{model['label']}: logits are not numbers" in caplog.messages) == (seen == "nan")
+
+
+def test_small_windows(converted: Path, poems: Path, tmp_path: Path, run: Run) -> None:
+    for window in (4, 5):
+        done = run("eval", converted, "--data", poems, "--weight-format", "int8", "--window", window, "--limit", 1)
+        assert done.code == 0 and f"windows of {window}, stride" in done.out
+    assert "window is 2, expected more than" in run("eval", converted, "--data", poems, "--window", 2).err

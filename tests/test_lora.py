@@ -335,6 +335,7 @@ REFUSED = [
     (good(), {"r": "4"}, "r is '4', expected a valid integer"),
     (good(), {"lora_alpha": None}, "lora_alpha is None, expected a valid number"),
     (good(), {"rank_pattern": {"[": 4}}, r"rank_pattern is '\[' \(.*\), expected regular expressions"),
+    (good(), {"alpha_pattern": {"(?i)QUERY": 4}}, r"alpha_pattern is '\(\?i\)QUERY' \(.*\), expected regular"),
     (good(), {"alpha_pattern": {"a": "b"}}, "alpha_pattern is {'a': 'b'}, expected a valid number"),
     (good(), {"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', expected True, False, 'gaussian'"),
     (good(), {"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'"),

@@ -101,7 +101,9 @@ def converted(
         with source.weights() as weights:
             total = sum(source.plan(weights, weight_format, ops).read_bytes for ops in lowerings)
             with tqdm(total=total, unit="B", unit_scale=True, desc=weight_format) as bar:
-                made = partial(convert_weights, weights, source.fields, weight_format=weight_format)
+                # A trained prefix is a few more columns in the cache: what it costs, a context shows.
+                fields = {**source.fields, "pre_seq_len": None}
+                made = partial(convert_weights, weights, fields, weight_format=weight_format)
                 for ops, folder in folders.items():
                     made(folder, ops=ops, report=lambda _, n: bar.update(n), choices=source.choices)
         for folder in folders.values():

@@ -97,10 +97,12 @@ def _source(arguments: argparse.Namespace) -> Source:
     from chatglm_ov.weights.choices import FormatChoices
 
     source = _weights(arguments)
+    for option in ("group_size", "work_folder"):
+        value = getattr(arguments, option)
+        if source.ops is not None and value is not None:
+            raise ChatGLMError(f"--{option.replace('_', '-')}", "value", value, "a checkpoint or --preset with it")
     if arguments.group_size is None:
         return source
-    if source.ops is not None:
-        raise ChatGLMError("--group-size", "value", arguments.group_size, "a checkpoint or --preset with it")
     return replace(source, choices=FormatChoices(arguments.group_size))
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Iterator
+from math import isfinite, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from chatglm_ov.runtime import CompiledModel
 
 SUMMARY = "perplexity of a text, and agreement with a reference"
+log = logging.getLogger(__name__)
+
 REFERENCES = ("f32", "bf16")
 """Formats to take for the reference, the first that is there."""
 
@@ -51,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the reference (default: f32, else bf16)",
     )
     parser.add_argument("--window", type=number(int, 2), default=512, metavar="N", help="tokens (default: 512)")
-    parser.add_argument("--stride", type=number(int, 1), metavar="N", help="tokens (default: half a window)")
+    parser.add_argument(
+        "--stride", type=number(int, 1), metavar="N", help="tokens (default: half a window, or what room there is)"
+    )
     parser.add_argument("--kv-cache-format", choices=KV_CACHE_FORMATS, help="default: bf16; reference: f32")
     parser.add_argument("--activation-bits", type=int, choices=(16, 8), default=16, help="default: 16")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
@@ -63,7 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
     report = _report(arguments)
     # Before anything is shown: whoever reads that may stop reading.
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        written = {**report, "models": [_for_json(model) for model in report["models"]]}
+        text = json.dumps(written, ensure_ascii=False, indent=2, allow_nan=False)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
     sizes = f"{report['documents']} documents, {report['tokens']} tokens"
     print(f"{arguments.data.name}: {sizes}, windows of {report['window']}, stride {report['stride']}")
     if report["reference"] is not None:
@@ -88,7 +96,9 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
     warn_of_idle_activation_bits([arguments.activation_bits], formats)
     reference = _reference(arguments)
     documents = source.documents(load_tokenizer(arguments.folder))
-    texts = Windows(documents, arguments.window, arguments.stride or max(1, arguments.window // 2))
+    room = arguments.window - max((len(document.given) for document in documents), default=0)
+    stride = arguments.stride or max(1, min(arguments.window // 2, room - 1))
+    texts = Windows(documents, arguments.window, stride)
     return {
         "folder": str(arguments.folder),
         "data": str(arguments.data),
@@ -133,15 +143,16 @@ def _models(
             kv_cache_format=arguments.kv_cache_format,
             activation_bits=arguments.activation_bits,
         )
-        found = _figures(model, beside, texts, _label(name, arguments))
+        found = _figures(model, beside, texts, _label(model, arguments))
         if base is not None:
             found["perplexity_change"] = found["perplexity"] / base["perplexity"] - 1
         yield found
 
 
-def _label(weight_format: str, arguments: argparse.Namespace) -> str:
-    parts = [weight_format]
-    if arguments.activation_bits == 8 and weight_format in ("int8", "int4"):
+def _label(model: CompiledModel, arguments: argparse.Namespace) -> str:
+    parts = [model.weight_format]
+    # Fused operations that were unpacked to stock ones have no such choice.
+    if arguments.activation_bits == 8 and model.weight_format in ("int8", "int4") and model.ops == "fused":
         parts.append("8-bit activations")
     if arguments.kv_cache_format is not None:
         parts.append(f"{arguments.kv_cache_format} cache")
@@ -156,6 +167,8 @@ def _figures(model: CompiledModel, reference: CompiledModel | None, texts: Windo
 
     with tqdm(total=scored_tokens(list(texts.documents)), unit="token", desc=label) as bar:
         scores = evaluate(model, reference, texts, lambda count: bar.update(count))
+    if isnan(scores.nll):
+        log.warning("%s: logits are not numbers", label)
     compared = reference is not None
     return {
         "label": label,
@@ -167,6 +180,11 @@ def _figures(model: CompiledModel, reference: CompiledModel | None, texts: Windo
         "agreement": scores.agreed / scores.tokens if compared else None,
         "divergence": scores.divergence / scores.tokens if compared else None,
     }
+
+
+def _for_json(model: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a model; JSON has no other word than null for what is not finite."""
+    return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in model.items()}
 
 
 def _row(model: dict[str, Any]) -> tuple[str, ...]:

@@ -18,7 +18,11 @@ KV_CACHE_FORMATS = ("f32", "bf16", "int8")
 
 _SAMPLING = ("temperature", "top_p", "top_k", "seed")
 _OTHERS = ("max_new_tokens", "repetition_penalty", "no_repeat_ngram_size")
-_MODEL_FILES = ("*config.json", "tokenizer*")
+_MODEL_FILES = (
+    *("*config.json", "*.index.json", "*.safetensors", "*.bin"),
+    *("tokenizer*", "*.model", "*.jinja", "special_tokens_map.json", "added_tokens.json"),
+    "*/*",  # the folders of a converted one's formats
+)
 
 log = logging.getLogger(__name__)
 

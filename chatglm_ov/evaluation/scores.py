@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp
 
 import numpy as np
 
@@ -32,14 +31,17 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        return exp(self.nll / self.tokens)
+        """Infinite where it is more than a float64 holds."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(self.nll / self.tokens))
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """ln softmax over the last axis, float64."""
+    """ln softmax over the last axis, float64; NaN where logits are not finite."""
     shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        shifted -= shifted.max(axis=-1, keepdims=True)
+        shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return shifted
 
 
