@@ -93,7 +93,7 @@ class Request:
             "attention_mask": np.ascontiguousarray(attention_mask, np.int64),
             "position_ids": np.ascontiguousarray(position_ids, np.int64),
             "beam_idx": np.ascontiguousarray(beam_idx, np.int32),
-            # More than there are, and fewer than none, would be other numbers in the graph's 32 bits.
+            # The graph has 32 bits for this and for a prefix: what is beyond them would be another number there.
             "logits_to_keep": np.array([min(logits_to_keep, np.size(input_ids))], np.int64),
         }
         if prefix_length is not None:

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from chatglm_ov.runtime import CompiledModel
 
 SUMMARY = "perplexity of a text, and agreement with a reference"
-log = logging.getLogger(__name__)
-
 REFERENCES = ("f32", "bf16")
 """Formats to take for the reference, the first that is there."""
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
