@@ -9,6 +9,7 @@ killed leaves nothing that looks finished.
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -314,7 +315,9 @@ def _write_side_files(source: Path, folder: Path, fields: dict[str, Any], config
     generation = source / "generation_config.json"
     if generation.exists():
         refuse_placeholder(generation)
-        _write_json(folder / generation.name, read_json_object(generation))
+        read_json_object(generation)
+        # transformers does not take a mark of encoding.
+        (folder / generation.name).write_bytes(generation.read_bytes().removeprefix(codecs.BOM_UTF8))
     else:
         ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         _write_json(folder / generation.name, {name: value for name, value in ids.items() if value is not None})

@@ -14,7 +14,7 @@ from conversions import dead_process, interrupted, listing, names, to_int8
 from golden_cases import V1, V2, each_ops, each_small, own_prompt, stored_weights, write_checkpoint
 from tqdm import tqdm
 
-from chatglm_ov import ChatGLMError, conversion, convert
+from chatglm_ov import ChatGLMError, conversion, convert, finished_folder
 from chatglm_ov.config import load_config
 from chatglm_ov.conversion import available_ops, plan_conversion
 from chatglm_ov.models.chatglm import EMBEDDING, LM_HEAD
@@ -57,7 +57,9 @@ def test_given_rope_ratio_meaning_is_kept(meaning, tmp_path: Path):
 
 def test_generation_config_is_the_checkpoints(tmp_path: Path):
     checkpoint = Path(shutil.copytree(V2.checkpoint, tmp_path / "checkpoint"))
-    (checkpoint / "generation_config.json").write_text('{"top_p": 0.8,  "eos_token_id": [2, 5]}')
+    (checkpoint / "generation_config.json").write_text(
+        '\ufeff{"top_p": 0.8,  "eos_token_id": [2, 5]}', encoding="utf-8"
+    )
     copied = to_int8(checkpoint, tmp_path / "out") / "generation_config.json"
     assert copied.read_text() == '{"top_p": 0.8,  "eos_token_id": [2, 5]}'
 
@@ -183,7 +185,7 @@ def test_old_folder_is_removed_when_the_new_one_stands(tmp_path: Path, monkeypat
         removed.append((weight_formats(folder), weight_formats(tmp_path / "out")))
         remove(folder, **options)
 
-    monkeypatch.setattr(conversion.shutil, "rmtree", noted)
+    monkeypatch.setattr(finished_folder.shutil, "rmtree", noted)
     to_int8(V2.checkpoint, tmp_path / "out", overwrite=True)
     assert removed[0] == (["f32"], ["int8"])
 
