@@ -234,7 +234,9 @@ def test_what_is_not_finite_does_not_reach_tokens_before_it(cache_type, at, valu
     whole = Layer(cache_type, capacity=capacity)(qkv, angles, np.ones((1, length)))[0]
     before = Layer(cache_type, capacity=capacity)(qkv[:, :at], angles[:, :at], np.ones((1, at)))[0]
     assert np.isfinite(before).all() and np.isfinite(whole[:at]).all()
-    np.testing.assert_allclose(whole[:at], before, rtol=0.02, atol=0.02)
+    # Probabilities are rounded to bf16 or int16 where values are no floats, to other maxima in other parts.
+    error = np.abs(whole[:at] - before).max() / np.abs(qkv[0, :at, (H + G) * D :]).max()
+    assert error < (1e-6 if cache_type == "f32" else 2**-8)
     assert not np.isfinite(whole[at:]).all(1).any()
     layer = Layer(cache_type, capacity=capacity)
     layer(qkv[:, : at - 2], angles[:, : at - 2], np.ones((1, at - 2)))

@@ -79,18 +79,18 @@ DENSE = "FullyConnected {sources} format={format} out_features=40 in_features=40
 activation=none bias=0 residual=0 residual_scale=1 activation_bits=16 norm=none norm_eps=0 packing_version={version}"
 NORM = "Norm {sources} kind={kind} eps=1e-5 residual={residual} packing_version={version}"
 FILLED = {"format": "int8", "kind": "rms", "residual": 0}
-ARRAYS = {
-    "short": np.zeros(64, np.uint8),
-    "payload": packed_int8(np.random.default_rng(7), 40, 40)[1],
-    "ones": np.ones(40, np.float32),
-    "one": np.ones(1, np.int32),
-}
 
 
 def filled(step, words):
     """The step, and the one constant that it names."""
+    arrays = {
+        "short": np.zeros(64, np.uint8),
+        "payload": packed_int8(np.random.default_rng(7), 40, 40)[1],
+        "ones": np.ones(40, np.float32),
+        "one": np.ones(1, np.int32),
+    }
     line = step.format(**FILLED | {"version": native().PACKING_VERSION} | words)
-    for name, array in ARRAYS.items():
+    for name, array in arrays.items():
         if f"#{name} " in line:
             return line.replace(f"#{name} ", "#0 "), [array]
     return line, []
