@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -135,6 +135,11 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         """Not offered: the converted folder is the saved form, and complete by itself."""
         folder = self.config.name_or_path
         raise ChatGLMError("save_pretrained", "model", "a converted one", f"a copy of the folder {folder}")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Not offered: neither pickle nor copy can take an open model along."""
+        wanted = f"from_pretrained({str(self.config.name_or_path)!r}) in each process, which share the file's memory"
+        raise ChatGLMError(type(self).__name__, "pickle", "an open model", wanted)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is left to do: the model is compiled when it is opened."""

@@ -368,6 +368,8 @@ def test_stop_strings_of_a_config(case):
     try:
         of_model.stop_strings = stop
         assert case.model.chat(case.tokenizer, **asked, do_sample=False, max_new_tokens=12) == wanted
+        silent = GenerationConfig(do_sample=False, max_new_tokens=12)
+        assert case.model.chat(case.tokenizer, **asked, generation_config=silent) == wanted
     finally:
         of_model.stop_strings = None
 

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -317,6 +319,13 @@ def test_config_has_what_generate_asks_for(golden, open_model):
         model.save_pretrained("anywhere")
     with pytest.raises(ChatGLMError, match="from_config: weights is none"):
         AutoModelForCausalLM.from_config(model.config)
+
+
+@each_golden
+@pytest.mark.parametrize("again", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_an_open_model_cannot_be_taken_along(golden, open_model, again):
+    with pytest.raises(ChatGLMError, match=r"pickle is an open model, expected from_pretrained\("):
+        again(open_model(golden))
 
 
 @pytest.fixture(scope="module")

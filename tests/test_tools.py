@@ -1,4 +1,4 @@
-"""tools/gen_chatglm.py and tools/test_chatglm.py."""
+"""tools/gen_chatglm.py, tools/test_chatglm.py and tools/evaluate_demo.py."""
 
 # ruff: noqa: F811 (fixtures are imported)
 
@@ -127,6 +127,11 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def test_torch_has_no_weight_format(remote: Path, converted: Path, tool: Tool) -> None:
+    told = tool("test_chatglm", remote, converted, "--use=torch", "--weight-format", "int8").error
+    assert "--weight-format is for --use=ov" in told
+
+
 def test_torch_needs_consent(remote: Path, converted: Path, tool: Tool) -> None:
     told = tool("test_chatglm", remote, converted, "--use=torch", "--prompt", "你好").error
     assert "--trust-remote-code is missing" in told
@@ -155,3 +160,8 @@ def test_torch_for_a_checkpoint_without_code(checkpoint: Path, converted: Path, 
     (source / "config.json").write_text(json.dumps(config))
     told = tool("test_chatglm", source, converted, "--use=torch", "--trust-remote-code").error
     assert "auto_map is missing" in told
+
+
+def test_evaluate_demo_tells_a_missing_file_in_one_line(tmp_path: Path) -> None:
+    command = (sys.executable, TOOLS / "evaluate_demo.py", tmp_path / "demo", "--data", tmp_path)
+    assert "tang300.jsonl: No such file" in finish(spawn(*command)).error

@@ -7,6 +7,8 @@ CONVERTED is what `chatglm-ov demo --output CONVERTED` writes. The figures are d
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from math import exp
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from chatglm_ov import OVChatGLMForCausalLM, load_tokenizer
+from chatglm_ov.cli.options import WEIGHT_FORMATS
+from chatglm_ov.cli.program import Parser, execute
 from chatglm_ov.runtime import weight_formats
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -47,25 +51,33 @@ def perplexity(model: OVChatGLMForCausalLM, vocabulary: ChatVocabulary, poems: l
     return exp(loss / tokens), exp(loss / sum(len(poem.text) for poem in poems))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="What the converted demo model can do.")
+def add_arguments(parser: Parser) -> None:
     parser.add_argument("converted", type=Path)
-    parser.add_argument("--weight-format", nargs="+", help="default: all that are there")
+    parser.add_argument("--weight-format", nargs="+", choices=WEIGHT_FORMATS, help="default: all that are there")
     parser.add_argument(
         "--data", type=Path, default=DATA, help="folder with tang300.jsonl and tang_poems_test.jsonl.xz"
     )
-    asked = parser.parse_args()
-    anthology = read_poems(asked.data / "tang300.jsonl")
-    held_out = read_poems(asked.data / "tang_poems_test.jsonl.xz")
-    vocabulary = ChatVocabulary(asked.converted / "tokenizer.model")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    anthology = read_poems(arguments.data / "tang300.jsonl")
+    held_out = read_poems(arguments.data / "tang_poems_test.jsonl.xz")
+    vocabulary = ChatVocabulary(arguments.converted / "tokenizer.model")
     table = Table("weight format", "by title and author", "in all", "perplexity a token", "a character")
-    for name in asked.weight_format or weight_formats(asked.converted):
-        model = OVChatGLMForCausalLM.from_pretrained(asked.converted, weight_format=name)
-        named, right = recitals(model, asked.converted, anthology)
+    for name in arguments.weight_format or weight_formats(arguments.converted):
+        model = OVChatGLMForCausalLM.from_pretrained(arguments.converted, weight_format=name)
+        named, right = recitals(model, arguments.converted, anthology)
         per_token, per_character = perplexity(model, vocabulary, held_out)
         table.add_row(name, f"{named}", f"{right} of {len(anthology)}", f"{per_token:.1f}", f"{per_character:.1f}")
     Console().print(table)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = Parser(prog="evaluate_demo.py", description="What the converted demo model can do.", debug_default=False)
+    add_arguments(parser)
+    return execute(parser, argv, run)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chatglm_ov.cli.options import WEIGHT_FORMATS, number, prompt_text
-from chatglm_ov.cli.program import Parser, execute
+from chatglm_ov.cli.program import Parser, UsageError, execute
 
 PROMPTS = ("床前明月光", "请背诵李白的《夜思》。", "What is OpenVINO?")
 
@@ -26,7 +26,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("output", type=Path, help="converted folder")
     parser.add_argument("--use", choices=("ov", "torch"), default="ov", help="default: ov")
     parser.add_argument("--prompt", nargs="+", action="extend", type=prompt_text, metavar="TEXT", help="one or more")
-    parser.add_argument("--weight-format", choices=WEIGHT_FORMATS, help="default: bf16")
+    parser.add_argument("--weight-format", choices=WEIGHT_FORMATS, help="of --use=ov; default: bf16")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=64, metavar="N", help="default: 64")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
 
@@ -40,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.use == "torch":
         from chatglm_ov.cli.original import ask_original, open_original
 
+        if arguments.weight_format is not None:
+            raise UsageError("--weight-format is for --use=ov: the original computes in float32")
         model, tokenizer = open_original(arguments.checkpoint, arguments.trust_remote_code)
         answer_to = ask_original
     else:

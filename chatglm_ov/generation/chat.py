@@ -104,10 +104,9 @@ class ChatMixin:
         return list(dict.fromkeys(index for end in ends for index in as_list(end)))
 
     def stop_texts(self, chat: ChatFormat, options: dict[str, Any]) -> StopStrings:
-        """`stop_strings` of the options, else those of their generation_config, or of the model's without one."""
-        texts = options.get("stop_strings")
-        if texts is None:
-            texts = (options.get("generation_config") or self.generation_config).stop_strings
+        """`stop_strings` of the options, else those of their generation_config, else those of the model's."""
+        told = [options.get("stop_strings"), getattr(options.get("generation_config"), "stop_strings", None)]
+        texts = next((texts for texts in told if texts is not None), self.generation_config.stop_strings)
         return StopStrings(texts, chat.split)
 
 
