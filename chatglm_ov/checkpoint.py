@@ -10,7 +10,6 @@ are `.bin` files in PyTorch's format of before 1.6: such a shard is loaded whole
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -18,11 +17,11 @@ from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.json_files import read_json_object
 from chatglm_ov.weight_files import FLOATS, READABLE, StoredTensor, open_weight_file, refuse_placeholder
 
 # In order of preference: stem and extension of the file names.
@@ -259,12 +258,7 @@ def _files_of_kind(folder: Path, stem: str, extension: str) -> Files:
 
 def _files_of_index(index: Path) -> Files:
     refuse_placeholder(index)
-    try:
-        contents: Any = json.loads(index.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        seen = f"not JSON ({error})"
-        raise ChatGLMError(index, "contents", seen, "a JSON object with weight_map") from None
-    weight_map = contents.get("weight_map") if isinstance(contents, dict) else None
+    weight_map = read_json_object(index, "a JSON object with weight_map").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         seen = "missing" if weight_map is None else repr(weight_map)[:40]
         raise ChatGLMError(index, "weight_map", seen, "an object of tensor name: file name")

@@ -6,7 +6,6 @@ definition does not cover, is an error that names the field.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.json_files import read_json_object
 from chatglm_ov.rope_scaling import RopeScaling
 
 
@@ -180,15 +180,10 @@ class ChatGLM2Config(ArchitectureConfig):
     @model_validator(mode="before")
     @classmethod
     def _guess_rope_ratio_meaning(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        """Nothing in the file says which meaning `rope_ratio` has, except where the file comes from: its name,
-        or that ChatGLM2 was saved under transformers 4.27, everything later under 4.30 or newer."""
+        """Nothing in the file says which meaning `rope_ratio` has, except where the file comes from."""
         if fields.get("rope_ratio_meaning") is not None:
             return fields
-        name = str(fields.get("_name_or_path", "")).lower()
-        by_name = [generation for generation in ("chatglm2", "chatglm3", "glm-4", "codegeex") if generation in name]
-        saved_by_427 = str(fields.get("transformers_version", "")).startswith("4.27.")
-        from_chatglm2 = by_name == ["chatglm2"] or (not by_name and saved_by_427)
-        return {**fields, "rope_ratio_meaning": "position" if from_chatglm2 else "base"}
+        return {**fields, "rope_ratio_meaning": "position" if is_chatglm2(fields) else "base"}
 
     @property
     def vocab_rows(self) -> int:
@@ -325,6 +320,28 @@ def field_error(where: Path | str, fields: dict[str, Any], error: ValidationErro
     return ChatGLMError(where, field, repr(seen), wanted)
 
 
+_GENERATIONS = {2: ("chatglm2", "codegeex2"), 3: ("chatglm3",), 4: ("glm4", "codegeex4")}
+"""Parts of the names under which the models of ChatGLM2's architecture are published, without hyphens."""
+
+
+def generation_of_name(name: Any) -> int | None:
+    """The generation, 2 to 4, that the name of a folder or of a published model tells; None if it tells none, or
+    several."""
+    plain = re.sub("[-_ ]", "", str(name or "").lower())
+    found = [generation for generation, parts in _GENERATIONS.items() if any(part in plain for part in parts)]
+    return found[0] if len(found) == 1 else None
+
+
+def is_chatglm2(fields: dict[str, Any]) -> bool:
+    """Whether a config.json of ChatGLM2's architecture is that of ChatGLM2 or CodeGeeX2 themselves: by its name, or
+    else by its `transformers_version`, 4.27.1 in what is published of these two, 4.30.2 or later in all others."""
+    generation = generation_of_name(fields.get("_name_or_path"))
+    if generation is not None:
+        return generation == 2
+    version = re.match(r"(\d+)\.(\d+)", str(fields.get("transformers_version", "")))
+    return version is not None and (int(version[1]), int(version[2])) < (4, 30)
+
+
 def read_config_json(folder: Path | str) -> dict[str, Any]:
     """The raw contents of `folder/config.json`."""
     path = Path(folder) / "config.json"
@@ -335,18 +352,6 @@ def read_config_json(folder: Path | str) -> dict[str, Any]:
     if not path.exists():
         raise ChatGLMError(folder, "config.json", "missing", "a file")
     return read_json_object(path)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The contents of a file with one JSON object. Raises ChatGLMError for a file with anything else."""
-    try:
-        # Editors on Windows begin a file with a mark of its encoding.
-        contents = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ChatGLMError(path, "contents", f"not JSON ({error})", "a JSON object") from None
-    if not isinstance(contents, dict):
-        raise ChatGLMError(path, "contents", f"a JSON {type(contents).__name__}", "a JSON object")
-    return contents
 
 
 def load_config(folder: Path | str) -> ArchitectureConfig:

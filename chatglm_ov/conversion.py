@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from chatglm_ov.checkpoint import Checkpoint
-from chatglm_ov.config import ArchitectureConfig, RopeRatioMeaning, parse_config, read_config_json, read_json_object
+from chatglm_ov.config import ArchitectureConfig, RopeRatioMeaning, parse_config, read_config_json
 from chatglm_ov.conversion_checks import (
     check_addable,
     check_apart,
@@ -35,6 +35,7 @@ from chatglm_ov.conversion_checks import (
 from chatglm_ov.converted_config import converted_fields, given_fields, is_converted, warn_of_doubtful_base
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.finished_folder import check_disk, finished_or_nothing, remove_leftovers
+from chatglm_ov.json_files import read_json_object
 from chatglm_ov.lora import with_lora
 from chatglm_ov.lowering import Lowering
 from chatglm_ov.memory import available

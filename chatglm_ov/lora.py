@@ -23,8 +23,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from chatglm_ov.checkpoint import Checkpoint, Rows, Tensor
-from chatglm_ov.config import ArchitectureConfig, field_error, read_json_object
+from chatglm_ov.config import ArchitectureConfig, field_error
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.json_files import read_json_object
 from chatglm_ov.models import architecture
 from chatglm_ov.weight_files import FLOATS
 from chatglm_ov.weights.quantized import QuantizedTensor

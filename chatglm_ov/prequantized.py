@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from chatglm_ov.checkpoint import Checkpoint, Rows, Tensor
-from chatglm_ov.config import ArchitectureConfig, parse_config, read_json_object
+from chatglm_ov.config import ArchitectureConfig, parse_config
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.json_files import read_json_object
 from chatglm_ov.models import architecture
 from chatglm_ov.weight_files import FLOATS
 from chatglm_ov.weights.formats import FORMATS, GROUP_SIZE, GROUP_SIZES, WeightFormat, int4_format

@@ -27,19 +27,29 @@ class Request:
     """Columns before every sequence, which nobody counts but the cache."""
     turns: Turns = field(default_factory=Turns)
     """Each call is a turn; for several in a row a thread takes it before."""
-    past_length: int = field(default=0, init=False)
-    """Columns in the cache, padding included."""
-    rows: int = field(default=0, init=False)
-    """Rows in the cache."""
 
     def __post_init__(self) -> None:
         shapes = {port.any_name: port.partial_shape for port in self.infer_request.model_inputs}
         self._input_names = frozenset(shapes)
         self._position_rows = [rows.get_length() for rows in list(shapes["position_ids"])[1:-1]]
         self._tensors = {name: self.infer_request.get_tensor(name) for name in self._input_names}
-        self._columns = np.ones((0, 0), bool)
-        self._prefix = 0
+        self._start_afresh()
         self._has_one_thread = threads_of(self.infer_request.get_compiled_model()) == 1
+
+    def _start_afresh(self) -> None:
+        # Attention mask [B, past] of the columns in the cache, and how many of them see each other in any order.
+        self._fed = np.ones((0, 0), bool)
+        self._prefix = 0
+
+    @property
+    def past_length(self) -> int:
+        """Columns in the cache, padding included."""
+        return self._fed.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Rows in the cache."""
+        return len(self._fed)
 
     @property
     def _trained(self) -> int:
@@ -50,7 +60,7 @@ class Request:
         """Forget the sequence; the next call starts a fresh one and may have another number of rows."""
         with self.turns.taken():
             self.cache.forget()
-            self.past_length = self.rows = 0
+            self._start_afresh()
 
     def truncate(self, past_length: int) -> None:
         """Go back to the first `past_length` columns of every row: the next call goes on from there.
@@ -69,7 +79,7 @@ class Request:
                 return
             if past_length < self.past_length:
                 self.cache.truncate(self._trained + past_length)
-            self.past_length, self._columns = past_length, self._columns[:, :past_length]
+            self._fed = self._fed[:, :past_length]
 
     def infer(
         self,
@@ -106,20 +116,17 @@ class Request:
         sequence is forgotten."""
         self._check_shapes(inputs)
         self._check_values(inputs)
-        columns, prefix = inputs["attention_mask"] != 0, inputs.get("prefix_length")
-        inputs["attention_mask"] = columns
-        fed, continued = columns, self._continued(inputs["beam_idx"])
+        mask, prefix = inputs["attention_mask"] != 0, inputs.get("prefix_length")
+        inputs["attention_mask"] = mask
+        continued = self._continued(inputs["beam_idx"])
         if self.trained_prefix is not None:
             continued = self._behind_the_prefix(inputs, continued)
-            fed = inputs["attention_mask"] != 0
-        self.cache.prepare(fed, continued)
+        self.cache.prepare(inputs["attention_mask"] != 0, continued)
         try:
             self._write(inputs)
             self._execute()
             logits = self.infer_request.get_tensor("logits").data.copy()
-            self.rows, new = inputs["input_ids"].shape
-            self.past_length += new
-            self._columns = columns
+            self._fed = mask
             self._prefix = 0 if prefix is None else int(prefix.max())
             return logits
         except BaseException:
@@ -170,7 +177,7 @@ class Request:
 
     def _continued(self, beam_idx: np.ndarray) -> np.ndarray:
         """Mask [B, past_length] of the columns that each row continues, as it was when they were fed."""
-        return self._columns[beam_idx] if self.past_length else np.ones((len(beam_idx), 0), bool)
+        return self._fed[beam_idx] if self.past_length else np.ones((len(beam_idx), 0), bool)
 
     def _check_shapes(self, inputs: dict[str, np.ndarray]) -> None:
         """An input that is left out would be the last call's, and an error inside the plugin spoils the compiled
@@ -211,8 +218,8 @@ class Request:
     def cached(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of one layer, float32 [B, num_key_value_heads, past_length, head_dim] each, with the
         dims of a key head in the checkpoint's order. Of padding, with fused operations: zeros."""
-        columns = np.concatenate([np.ones((len(self._columns), self._trained), bool), self._columns], axis=1)
-        key, value = (part[:, :, self._trained :] for part in self.cache.read(layer, columns))
+        mask = np.concatenate([np.ones((self.rows, self._trained), bool), self._fed], axis=1)
+        key, value = (part[:, :, self._trained :] for part in self.cache.read(layer, mask))
         order = architecture(self.config).key_order(self.config)
         restored = np.empty_like(key)
         restored[..., order] = key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 from tokenizer_cases import fast_folder, small_folder, tokenizer_of
@@ -198,6 +199,27 @@ def test_a_stop_text_is_looked_for_in_the_answer_as_it_is_told(chat, output, sto
         certain = ends.certain(chat.certain(output[:end]))
         told, _ = chat.process_response(certain, "q")
         assert response.startswith(told.strip()), (certain, told)
+
+
+@pytest.mark.parametrize("chat", [ChatGLMFormat(), ChatGLM2Format(), ChatGLM3Format(), GLM4Format(), GLMFormat()])
+@pytest.mark.parametrize(
+    "output",
+    [
+        "好a,你b,c",
+        "a!,?你",
+        "[[训练时间]],好",
+        "a[b][[训练]] [[训练时间]]年:",
+        "[[[训练时间]]",
+        "a,[[训练时间]",
+        "你;[[",
+    ],
+)
+def test_an_answer_that_grows_never_changes(chat, output):
+    told = [chat.process_response(chat.certain(output[:end]), "q")[0] for end in range(len(output) + 1)]
+    whole = chat.process_response(output, "q")[0]
+    for shorter, longer in pairwise([*told, whole]):
+        assert longer.startswith(shorter), (shorter, longer)
+    assert len(whole) - len(told[-1]) <= len("[[训练时间]")
 
 
 def pairs(count: int) -> list[tuple[str, str]]:

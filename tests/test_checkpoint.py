@@ -260,13 +260,14 @@ def test_tensor_in_two_shards(tmp_path: Path) -> None:
         ("<html>", ["not JSON"]),
         ("", ["0 bytes"]),
         (LFS_POINTER, ["Git LFS pointer"]),
-        ("[1]", ["weight_map", "missing"]),
+        ("[1]", ["weight_map", "list"]),
+        ("[" * 100_000, ["not JSON", "recursion"]),
         ({"metadata": {}}, ["weight_map", "missing"]),
         ({"weight_map": {}}, ["weight_map", "{}"]),
         ({"weight_map": {"embed": 3}}, ["embed", "3"]),
         ({"weight_map": {"embed": "../other/model.safetensors"}}, ["embed", "../other/model.safetensors"]),
     ],
-    ids=["html", "empty", "lfs", "list", "no map", "empty map", "number", "path"],
+    ids=["html", "empty", "lfs", "list", "nested", "no map", "empty map", "number", "path"],
 )
 def test_bad_index(tmp_path: Path, contents: object, words: list[str]) -> None:
     write_index(tmp_path, "model", ".safetensors", contents)

@@ -271,7 +271,7 @@ def test_what_cannot_be_packed_is_refused(tmp_path: Path):
     [
         (None, "file is missing, expected a JSON object"),
         ("{", "contents is not JSON"),
-        ("[]", "contents is a JSON list, expected an object of pattern: format"),
+        ("[]", "contents is a JSON list, expected a JSON object of pattern: format"),
         ("[" * 100_000, r"formats.json: contents is not JSON \(maximum recursion depth"),
         (
             '{"*": "int8", "*dense*": 5}',

@@ -231,14 +231,14 @@ def test_an_answer_that_is_cut_says_so(converted: Path, command: str) -> None:
 # Text that grows
 
 
-def test_printer_holds_back_what_may_change(capsys: pytest.CaptureFixture[str]) -> None:
+def test_printer_shows_what_is_new(capsys: pytest.CaptureFixture[str]) -> None:
     printer = TextPrinter()
     shown = []
-    for text in ("好", "好a", "好a,", "好a，你", "好a，你[[训练", "好a，你2023年", "好a，你2023年!"):
+    for text in ("好", "好a,", "好a,", "好a, [["):
         printer.show(text)
         shown.append(capsys.readouterr().out)
-    printer.finish("好a，你2023年!")
-    assert [*shown, capsys.readouterr().out] == ["好", "a", "", "，你", "", "2023年", "", "!\n"]
+    printer.finish("好a, [[!")
+    assert [*shown, capsys.readouterr().out] == ["好", "a,", "", " [[", "!\n"]
 
 
 def test_printer_shows_the_whole_text_again_when_its_beginning_changed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ RELEASED = {
             "rotary_percent": 0.5,
             "torch_dtype": "bfloat16",
         },
-        Facts(28, 2, 65024, 8192, 1e-5, ("base", 1)),
+        Facts(28, 2, 65024, 8192, 1e-5, ("position", 1)),
     ),
     "glm-4-9b-chat": (GLM4, Facts(40, 2, 151552, 131072, 1.5625e-07, ("base", 500))),
     "glm-4-9b-chat-1m": (
@@ -155,7 +155,9 @@ def test_without_multi_query_attention_every_head_has_its_keys():
     [
         ("THUDM/chatglm2-6b-32k", "4.27.1", None, "position"),
         ("/models/ChatGLM2-6B-32k", "4.44.0", None, "position"),
+        ("chatglm-2-6b-32k", "4.44.0", None, "position"),
         ("tiny-random", "4.27.1", None, "position"),
+        ("tiny-random", "4.29.2", None, "position"),
         ("tiny-random", "4.30.2", None, "base"),
         ("THUDM/chatglm3-6b-32k", "4.27.4", None, "base"),
         ("THUDM/glm-4-9b-chat", "4.27.1", None, "base"),

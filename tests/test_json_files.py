@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from chatglm_ov import ChatGLMError
-from chatglm_ov.config import read_json_object
+from chatglm_ov.json_files import read_json_object
 from chatglm_ov.tokenizer.files import read_json
 
 each_reader = pytest.mark.parametrize("reader", [read_json_object, read_json])

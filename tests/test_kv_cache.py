@@ -145,6 +145,7 @@ def test_rollback_overwrites(long_prompt: Prompt, open_compiled: Opener):
     assert request.cache.nbytes == nbytes
     request.truncate(0)
     assert (request.past_length, request.rows) == (0, 0)
+    assert all(part.shape[2] == 0 for part in request.cached(0))
     row = long_prompt.row(1)
     np.testing.assert_array_equal(row.feed(request, 0, 50), row.feed(model.create_request(), 0, 50))
 

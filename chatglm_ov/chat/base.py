@@ -15,6 +15,9 @@ Response = str | dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "observation")
 
+PLACEHOLDER, DATE = "[[训练时间]]", "2023年"
+"""What the models write for the date of their training, and what the originals show in its place."""
+
 
 @dataclass(frozen=True)
 class ChatDefaults:
@@ -92,8 +95,8 @@ class ChatFormat(ABC):
         return text[: len(text) - len(answer)], answer
 
     def certain(self, text: str) -> str:
-        """The part of an unfinished answer that what follows cannot make into something else."""
-        return text
+        """The part of an unfinished output that what follows cannot make into something else."""
+        return without_beginning(text, (PLACEHOLDER,))
 
     def without_stop_token(self, tokenizer: Any, ids: Sequence[int], stops: Sequence[int] | None = None) -> list[int]:
         """`ids` less a stop token at the end (one of `stops`; None: those of the format). The originals drop the last
@@ -115,6 +118,17 @@ class ChatFormat(ABC):
         text `cut` gives what belongs to the answer."""
         text = tokenizer.decode(self.without_stop_token(tokenizer, ids, stops))
         return self.process_response(cut(text), query, history, role)
+
+
+def with_date(text: str) -> str:
+    """`text` with a date instead of each placeholder for one."""
+    return text.replace(PLACEHOLDER, DATE)
+
+
+def without_beginning(text: str, wholes: Sequence[str]) -> str:
+    """`text` without the longest end of it that may still become one of `wholes`."""
+    lengths = [n for whole in wholes for n in range(1, len(whole)) if text.endswith(whole[:n])]
+    return text[: len(text) - max(lengths, default=0)]
 
 
 def checked_text(value: Any, where: str, field: str) -> str:

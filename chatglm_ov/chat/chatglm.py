@@ -6,13 +6,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from chatglm_ov.chat.base import ChatDefaults, Message
+from chatglm_ov.chat.base import ChatDefaults, Message, with_date
 from chatglm_ov.chat.rounds import Round, RoundsFormat, begun_answer
 from chatglm_ov.errors import ChatGLMError
 
 # The tokenizer folds full-width punctuation to ASCII; beside a Chinese character it is widened again.
 _WIDE = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 _CHINESE = "[\u4e00-\u9fff]"
+_MAY_BE_WIDENED = re.compile(f"(?<!{_CHINESE})[{''.join(_WIDE)}]\\Z")
 
 
 class ChatGLMFormat(RoundsFormat):
@@ -40,8 +41,13 @@ class ChatGLMFormat(RoundsFormat):
     def split(self, text: str) -> tuple[str, str]:
         return "", self.clean(text)
 
+    def certain(self, text: str) -> str:
+        """Without punctuation at the end that a Chinese character behind it would widen."""
+        certain = super().certain(text)
+        return _MAY_BE_WIDENED.sub("", text) if certain == text else certain
+
     def clean(self, output: str) -> str:
-        response = output.strip().replace("[[训练时间]]", "2023年")
+        response = with_date(output.strip())
         for narrow, wide in _WIDE.items():
             response = re.sub(f"({_CHINESE}){re.escape(narrow)}", rf"\1{wide}", response)
             response = re.sub(f"{re.escape(narrow)}({_CHINESE})", rf"{wide}\1", response)

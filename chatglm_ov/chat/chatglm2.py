@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from chatglm_ov.chat.base import ChatDefaults
+from chatglm_ov.chat.base import ChatDefaults, with_date
 from chatglm_ov.chat.rounds import Round, RoundsFormat
 
 
@@ -22,4 +22,4 @@ class ChatGLM2Format(RoundsFormat):
         return "".join(rounds) + f"[Round {len(history) + 1}]\n\n问：{query}\n\n答："
 
     def clean(self, output: str) -> str:
-        return output.strip().replace("[[训练时间]]", "2023年")
+        return with_date(output.strip())

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from chatglm_ov.chat.base import ChatDefaults, Message, Response
+from chatglm_ov.chat.base import PLACEHOLDER, ChatDefaults, Message, Response, without_beginning
 from chatglm_ov.chat.glm4 import GLM4Format, named_call
 from chatglm_ov.chat.roles import ROLE_STOPS
 from chatglm_ov.chat.templates import token_id
 
 THINK, END_THINK = "<think>", "</think>"
-_PART_OF_A_TAG = re.compile(r"<(?:/?(?:t|th|thi|thin|think)?)?\Z")
 
 
 class GLMFormat(GLM4Format):
@@ -70,5 +68,4 @@ class GLMFormat(GLM4Format):
         return named_call(part, names)
 
     def certain(self, text: str) -> str:
-        """The beginning of a tag may become one."""
-        return _PART_OF_A_TAG.sub("", text)
+        return without_beginning(text, (PLACEHOLDER, THINK, END_THINK))

@@ -8,7 +8,15 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from chatglm_ov.chat.base import ChatFormat, Message, Response, checked_messages, checked_role, checked_text
+from chatglm_ov.chat.base import (
+    ChatFormat,
+    Message,
+    Response,
+    checked_messages,
+    checked_role,
+    checked_text,
+    with_date,
+)
 from chatglm_ov.errors import ChatGLMError
 
 ASSISTANT = "<|assistant|>"
@@ -46,7 +54,7 @@ class RolesFormat(ChatFormat):
             metadata, content = self.metadata_and_content(part, names)
             if not metadata.strip():
                 content = content.strip()
-                response = content.replace("[[训练时间]]", "2023年")
+                response = with_date(content)
             else:
                 response = self._tool_response(metadata.strip(), content, has_tools)
             messages.append({"role": "assistant", "metadata": metadata, "content": content})

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import sys
-
-# A chat format may still change what stands at the end of an unfinished answer: punctuation that is widened beside
-# Chinese, and the beginning of the placeholder for a date.
-_UNSURE = re.compile(r"(?:[,!:;?]|\[{1,2}|\[\[训[练时间]*\]?)\Z")
 
 
 class TextPrinter:
@@ -17,8 +12,8 @@ class TextPrinter:
         self._printed = ""
 
     def show(self, text: str) -> None:
-        """`text`: all of it so far. Its end is held back while it may change."""
-        self._print(_UNSURE.sub("", text))
+        """`text`: all of it so far."""
+        self._print(text)
 
     def finish(self, text: str) -> None:
         """`text`: the whole of it. Ends the line."""

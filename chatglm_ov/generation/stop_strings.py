@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
+from chatglm_ov.chat.base import without_beginning
 from chatglm_ov.errors import ChatGLMError
 
 Split = Callable[[str], tuple[str, str]]
@@ -41,12 +42,12 @@ class StopStrings:
         return before + answer[: min(at for at in map(answer.find, self._texts) if at >= 0)]
 
     def certain(self, text: str) -> str:
-        """What of an unfinished answer is before the first of them whatever follows: without a beginning at its end."""
+        """The longest beginning of an unfinished output that no later text can turn into a part of a stop text."""
         if self.complete(text):
             return self.cut(text)
         before, answer = self._split(text)
-        begun = [n for stop in self._texts for n in range(1, len(stop)) if answer.endswith(stop[:n])]
-        return before + answer[: len(answer) - max(begun)] if begun else text
+        sure = without_beginning(answer, self._texts)
+        return text if sure == answer else before + sure
 
 
 class _Completed(StoppingCriteria):

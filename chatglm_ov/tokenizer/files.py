@@ -11,8 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from chatglm_ov.config import read_json_object
+from chatglm_ov.config import generation_of_name, is_chatglm2
 from chatglm_ov.errors import ChatGLMError, first_line
+from chatglm_ov.json_files import read_json_object
 from chatglm_ov.tokenizer.ranks import read_ranks
 from chatglm_ov.tokenizer.sentencepiece_model import load_sentencepiece
 from chatglm_ov.weight_files import refuse_placeholder
@@ -120,28 +121,16 @@ def _chatglm2_or_3(folder: Path, config: dict[str, Any]) -> str:
     """The first of these that says something: the published name, the chat template and added tokens, the checkpoint's
     tokenizer code as text, the name and the transformers version in config.json. ChatGLM3 where nothing does."""
     model = read_json(folder / "config.json")
-    named = _family_of_name(config.get("name_or_path"))
-    if named:
-        return named
+    named = generation_of_name(config.get("name_or_path"))
+    if named in (2, 3):
+        return f"chatglm{named}"
     written = json.dumps([config.get("chat_template"), config.get("added_tokens_decoder")], ensure_ascii=False)
     if "<|user|>" in written or "<|assistant|>" in written:
         return "chatglm3"
     code = folder / REMOTE_CODE
     if code.is_file():
         return "chatglm3" if b"<|system|>" in code.read_bytes() else "chatglm2"
-    named = _family_of_name(model.get("_name_or_path"))
-    if named:
-        return named
-    # The published ChatGLM2 configs say 4.27.1, the ChatGLM3 ones 4.30.2 and later.
-    version = re.match(r"(\d+)\.(\d+)", str(model.get("transformers_version", "")))
-    return "chatglm2" if version and (int(version[1]), int(version[2])) < (4, 30) else "chatglm3"
-
-
-def _family_of_name(name: Any) -> str | None:
-    name = str(name or "").lower().replace("-", "").replace("_", "")
-    if "chatglm2" in name or "codegeex2" in name:
-        return "chatglm2"
-    return "chatglm3" if "chatglm3" in name else None
+    return "chatglm2" if is_chatglm2(model) else "chatglm3"
 
 
 def num_image_tokens(folder: Path) -> int:

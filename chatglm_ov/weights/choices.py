@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.json_files import read_json_object
 from chatglm_ov.weights.formats import FORMATS, GROUP_SIZE, GROUP_SIZES, WeightFormat, int4_format
 
 EMBEDDING_FORMATS = ("f32", "bf16", "int8")
@@ -129,15 +129,7 @@ def read_layer_formats(path: Path) -> LayerFormats:
                 raise ChatGLMError(path, f"layer_formats of {pattern!r}", f"there {count} times", "one format")
         return dict(pairs)
 
-    try:
-        # Editors on Windows begin a file with a mark of its encoding.
-        contents = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
-    except FileNotFoundError:
-        raise ChatGLMError(path, "file", "missing", "a JSON object of pattern: format") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ChatGLMError(path, "contents", f"not JSON ({error})", "a JSON object of pattern: format") from None
-    if not isinstance(contents, dict):
-        raise ChatGLMError(path, "contents", f"a JSON {type(contents).__name__}", "an object of pattern: format")
+    contents = read_json_object(path, "a JSON object of pattern: format", once)
     for pattern, name in contents.items():
         _check(f"layer_formats of {pattern!r}", name, tuple(FORMATS), path)
     return LayerFormats(path, contents)
