@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from chatglm_ov.checkpoint import Checkpoint
-from chatglm_ov.config import ArchitectureConfig, RopeRatioMeaning, parse_config, read_config_json
+from chatglm_ov.config import ArchitectureConfig, RopeRatioMeaning, parse_config
 from chatglm_ov.conversion_checks import (
     check_addable,
     check_apart,
@@ -151,8 +151,7 @@ def convert(
                 for name in plan.weight_formats:
                     used, told = calibrated.get(name, weights), described
                     if calibration is not None and name in calibrated:
-                        # Only columns of int4 are scaled by AWQ.
-                        told = {**described, "calibration": calibration.label if name == "int4" else "gptq"}
+                        told = {**described, "calibration": calibration.chosen_by(name)}
                     _write_model(config, used, partial / name, name, ops, report, choices, told)
             if add:
                 # Once more: a conversion takes long, and others may have been there.
@@ -179,9 +178,8 @@ def _trained_prefix(config: ArchitectureConfig, weights: Checkpoint, folder: Pat
 def _check_calibration(weights: Checkpoint, weight_formats: Sequence[str], calibration: Calibration | None) -> None:
     if calibration is None:
         return
-    formats = ("int4", "int8") if "gptq" in calibration.methods else ("int4",)
-    if not set(formats) & set(weight_formats):
-        wanted = f"{' or '.join(formats)} among the weight formats"
+    if not set(calibration.weight_formats) & set(weight_formats):
+        wanted = f"{' or '.join(calibration.weight_formats)} among the weight formats"
         raise ChatGLMError("convert", "calibration", calibration.label, wanted)
     if any(isinstance(weights[name], QuantizedTensor) for name in weights.names):
         raise ChatGLMError(weights.folder, "weights", "quantized already", "no calibration, or the original weights")
@@ -241,16 +239,6 @@ def available_ops(ops: str) -> str:
 def _lowering(ops: str, store: WeightStore) -> Lowering:
     module = import_module(f"chatglm_ov.lowering.{ops}")
     return getattr(module, f"{ops.capitalize()}Lowering")(store)
-
-
-def plan_conversion(
-    checkpoint: str | Path, weight_formats: Sequence[str] = ("bf16", "int8"), ops: str = "fused"
-) -> Plan:
-    """What `convert` would do, after checking the checkpoint's names and shapes."""
-    fields = read_config_json(checkpoint)
-    config = parse_config(fields, Path(checkpoint) / "config.json")
-    with open_checkpoint(Path(checkpoint), fields) as weights:
-        return make_plan(config, model_weights(config, weights), weight_formats, available_ops(ops))
 
 
 @contextmanager

@@ -27,6 +27,12 @@ FIRST_SLOTS, LARGEST_STEP = 256, 2048
 class KVCache(Protocol):
     """What a request asks of its cache."""
 
+    def takes(self, rows: int) -> bool:
+        """Whether a sequence of so many rows can begin in it."""
+
+    def of(self, request: ov.InferRequest) -> KVCache:
+        """The cache, still empty, of another infer request of the same model."""
+
     def prepare(self, columns: np.ndarray, continued: np.ndarray) -> None:
         """Make room for `columns`, bool [B, T], false on padding; `continued` bool [B, past] is what it was when those
         in the cache were fed. Raises ChatGLMError where there is no memory for it, or the masks do not agree where
@@ -51,13 +57,26 @@ def _states(request: ov.InferRequest) -> dict[str, ov.VariableState]:
 
 
 class PluginCache:
-    """The cache that a plugin keeps behind the stock lowering's states. Padding has a place in it like any column."""
+    """The cache that a plugin keeps behind the stock lowering's states. Padding has a place in it like any column.
 
-    def __init__(self, request: ov.InferRequest):
-        self._request = request
+    quantized: it holds integers and scales. The CPU plugin mixes up scales in a sequence that begins with more rows than
+    those before it in the same infer request (seen with OpenVINO 2026.4).
+    """
+
+    def __init__(self, request: ov.InferRequest, quantized: bool):
+        self._request, self._quantized = request, quantized
+        self._rows = 0  # the most that a sequence has begun with
+
+    def takes(self, rows: int) -> bool:
+        return not self._quantized or self._rows == 0 or rows <= self._rows
+
+    def of(self, request: ov.InferRequest) -> PluginCache:
+        return PluginCache(request, self._quantized)
 
     def prepare(self, columns: np.ndarray, continued: np.ndarray) -> None:
-        """Nothing to do: the plugin's cache grows by itself."""
+        """The plugin's cache grows by itself."""
+        if continued.shape[1] == 0:
+            self._rows = max(self._rows, len(columns))
 
     def forget(self) -> None:
         self._request.reset_state()
@@ -170,6 +189,12 @@ class BlockCache:
         self._layers = [states[f"{CACHE}{layer}"] for layer in range(num_layers)]
         self.layout = layout
         self.rows = self.blocks = 0
+
+    def takes(self, rows: int) -> bool:
+        return True
+
+    def of(self, request: ov.InferRequest) -> BlockCache:
+        return BlockCache(request, len(self._layers), self.layout)
 
     @property
     def nbytes(self) -> int:

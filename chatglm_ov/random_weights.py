@@ -10,19 +10,14 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from chatglm_ov.config import parse_config
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
-
-DTYPES = MappingProxyType(
-    {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
-)
+from chatglm_ov.weight_files import FLOATS
 
 # Values drawn at once: 4 MB in float32.
 BLOCK = 1 << 20
@@ -66,8 +61,8 @@ def stored_tensors(fields: dict[str, Any]) -> list[RandomTensor]:
     Raises ChatGLMError for a config that names no known model or type.
     """
     config, dtype = parse_config(fields), str(fields.get("torch_dtype"))
-    if dtype not in DTYPES:
-        raise ChatGLMError("config.json", "torch_dtype", repr(dtype), f"one of {', '.join(DTYPES)}")
+    if dtype not in FLOATS:
+        raise ChatGLMError("config.json", "torch_dtype", repr(dtype), f"one of {', '.join(FLOATS)}")
     model = architecture(config)
     shapes = model.weight_shapes(config)
     seed_names = {}
@@ -79,10 +74,10 @@ def stored_tensors(fields: dict[str, Any]) -> list[RandomTensor]:
     for name, shape in shapes.items():
         mean, std = _mean_and_std(name, shape)
         stored = "float32" if model.is_float32(name) else dtype
-        tensors.append(RandomTensor(name, shape, DTYPES[stored], mean, std, seed_name=seed_names.get(name, name)))
+        tensors.append(RandomTensor(name, shape, FLOATS[stored], mean, std, seed_name=seed_names.get(name, name)))
     pairs = config.head_dim // 4
     frequencies = 10000.0 ** (-np.arange(pairs, dtype=np.float32) / pairs)
-    buffers = [RandomTensor(name, (pairs,), DTYPES[dtype], values=frequencies) for name in model.rotary_buffers(config)]
+    buffers = [RandomTensor(name, (pairs,), FLOATS[dtype], values=frequencies) for name in model.rotary_buffers(config)]
     return [*buffers, *tensors]
 
 

@@ -32,9 +32,13 @@ class Request:
         shapes = {port.any_name: port.partial_shape for port in self.infer_request.model_inputs}
         self._input_names = frozenset(shapes)
         self._position_rows = [rows.get_length() for rows in list(shapes["position_ids"])[1:-1]]
-        self._tensors = {name: self.infer_request.get_tensor(name) for name in self._input_names}
+        self._open(self.infer_request)
         self._start_afresh()
         self._has_one_thread = threads_of(self.infer_request.get_compiled_model()) == 1
+
+    def _open(self, infer_request: ov.InferRequest) -> None:
+        self.infer_request = infer_request
+        self._tensors = {name: infer_request.get_tensor(name) for name in self._input_names}
 
     def _start_afresh(self) -> None:
         # Attention mask [B, past] of the columns in the cache, and how many of them see each other in any order.
@@ -116,6 +120,9 @@ class Request:
         sequence is forgotten."""
         self._check_shapes(inputs)
         self._check_values(inputs)
+        if self.past_length == 0 and not self.cache.takes(len(inputs["input_ids"])):
+            self._open(self.infer_request.get_compiled_model().create_infer_request())
+            self.cache = self.cache.of(self.infer_request)
         mask, prefix = inputs["attention_mask"] != 0, inputs.get("prefix_length")
         inputs["attention_mask"] = mask
         continued = self._continued(inputs["beam_idx"])

@@ -211,7 +211,7 @@ class CompiledModel:
         if self.ops == "fused":
             cache: KVCache = BlockCache(request, self.config.num_layers, self.cache_layout)
         else:
-            cache = PluginCache(request)
+            cache = PluginCache(request, quantized=self.kv_cache_format not in ("f32", "bf16", "f16"))
         return Request(self.config, request, cache, self.trained_prefix)
 
     def warm_up(self) -> None:

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from chatglm_ov.checkpoint import Checkpoint
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
-from chatglm_ov.weight_files import FLOATS
+from chatglm_ov.weight_files import FLOATS, open_weight_file, save_safetensors
 
 FILE_NAME = "prefix.safetensors"
 ENCODER = "transformer.prefix_encoder."
@@ -49,11 +47,7 @@ class TrainedPrefix:
         )
 
     def save(self, folder: Path) -> None:
-        try:
-            save_file({"keys": self.keys, "values": self.values}, folder / FILE_NAME)
-        except SafetensorError as error:
-            # All that the library says of a full disk.
-            raise OSError(str(error)) from error
+        save_safetensors({"keys": self.keys, "values": self.values}, folder / FILE_NAME)
 
     @classmethod
     def load(cls, folder: Path, config: ArchitectureConfig) -> TrainedPrefix | None:
@@ -64,16 +58,13 @@ class TrainedPrefix:
             return None
         if not path.is_file():
             raise ChatGLMError(path, "file", "missing", f"keys and values of pre_seq_len {length} tokens")
-        try:
-            stored = load_file(path)
-        except Exception as error:  # safetensors raises a type of its own, without a base class
-            raise ChatGLMError(path, "contents", f"damaged ({error})", "safetensors") from None
+        stored = open_weight_file(path)
         shape = (config.num_layers, config.num_key_value_heads, length, config.head_dim)
         for name in ("keys", "values"):
-            if name not in stored or stored[name].shape != shape:
-                seen = list(stored[name].shape) if name in stored else "missing"
-                raise ChatGLMError(path, name, seen, list(shape))
-        return cls(stored["keys"], stored["values"])
+            seen = f"{stored[name].dtype} {list(stored[name].shape)}" if name in stored else "missing"
+            if seen != (wanted := f"float32 {list(shape)}"):
+                raise ChatGLMError(path, name, seen, wanted)
+        return cls(*(np.array(stored[name].view()) for name in ("keys", "values")))
 
 
 def has_prefix(weights: Checkpoint) -> bool:

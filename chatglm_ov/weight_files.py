@@ -62,6 +62,17 @@ def open_weight_file(file: Path) -> dict[str, StoredTensor]:
         raise ChatGLMError(file, "contents", seen, "a weight file") from error
 
 
+def save_safetensors(tensors: dict[str, np.ndarray], file: Path) -> None:
+    """Raises OSError for what the file system refuses, which the library tells as an error of its own."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
 def refuse_placeholder(file: Path) -> None:
     """ChatGLMError for an empty file and for a Git LFS pointer that stands where the file should be."""
     with file.open("rb") as stream:

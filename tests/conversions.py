@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from chatglm_ov import convert
+from chatglm_ov.config import parse_config, read_config_json
+from chatglm_ov.conversion import available_ops
+from chatglm_ov.model_weights import model_weights
+from chatglm_ov.plan import Plan, make_plan
+from chatglm_ov.prequantized import open_checkpoint
 
 
 def to_int8(checkpoint: Path, output: Path, **options: Any) -> Path:
     return convert(checkpoint, output, ("int8",), **{"progress": False, **options})
+
+
+def plan_conversion(checkpoint: Path, weight_formats: Sequence[str] = ("bf16", "int8"), ops: str = "fused") -> Plan:
+    """What `convert` tells before it starts."""
+    fields = read_config_json(checkpoint)
+    config = parse_config(fields)
+    with open_checkpoint(checkpoint, fields) as weights:
+        return make_plan(config, model_weights(config, weights), weight_formats, available_ops(ops))
 
 
 def names(folder: Path) -> list[str]:

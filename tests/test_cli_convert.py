@@ -28,8 +28,9 @@ from command_line import (  # noqa: F401
     spawn,
     wait_for,
 )
+from conversions import plan_conversion
 
-from chatglm_ov import conversion, finished_folder
+from chatglm_ov import finished_folder
 from chatglm_ov.presets import config_json
 from chatglm_ov.sizes import size
 
@@ -281,7 +282,7 @@ def test_output_that_is_a_file(checkpoint: Path, tmp_path: Path, run: Run) -> No
 def test_too_little_disk_space_is_told_before_anything_is_written(
     checkpoint: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = size(conversion.plan_conversion(checkpoint).disk_bytes + (8 << 20))
+    needed = size(plan_conversion(checkpoint).disk_bytes + (8 << 20))
     usage = finished_folder.psutil.disk_usage(tmp_path)._replace(free=500_000)
     monkeypatch.setattr(finished_folder.psutil, "disk_usage", lambda path: usage)
     told = run("convert", checkpoint, tmp_path / "out").error

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conversions import dead_process, interrupted, listing, names, to_int8
+from conversions import dead_process, interrupted, listing, names, plan_conversion, to_int8
 from golden_cases import V1, V2, each_ops, each_small, own_prompt, stored_weights, write_checkpoint
 from tqdm import tqdm
 
 from chatglm_ov import ChatGLMError, conversion, convert, finished_folder
 from chatglm_ov.config import load_config
-from chatglm_ov.conversion import available_ops, plan_conversion
+from chatglm_ov.conversion import available_ops
 from chatglm_ov.models.chatglm import EMBEDDING, LM_HEAD
 from chatglm_ov.runtime import load_model, weight_formats
 

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conversions import dead_process, interrupted, listing, names, to_int8
+from conversions import dead_process, interrupted, listing, names, plan_conversion, to_int8
 from golden_cases import V2, stored_weights, write_checkpoint
 
 from chatglm_ov import ChatGLMError, conversion, convert, finished_folder
 from chatglm_ov.config import parse_config
-from chatglm_ov.conversion import plan_conversion
 from chatglm_ov.models import architecture
 from chatglm_ov.presets import config_json
 

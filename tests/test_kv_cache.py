@@ -187,6 +187,23 @@ def test_stock_operations_go_back(precision: str | None, open_compiled: Opener):
     np.testing.assert_array_equal(prompt.feed(request), whole)
 
 
+@pytest.mark.parametrize("cache_format", ["int8", "bf16", "f32"])
+def test_a_plugins_cache_takes_more_rows_than_before(cache_format: str, open_compiled: Opener):
+    model = open_compiled(V2.checkpoint, precision="f32", kv_cache_format=cache_format)
+    ids = np.random.default_rng(1).integers(3, 200, (3, 12))
+    (one, batch), tokens = (own_prompt(each, model) for each in (ids[:1, :7], ids[:, :3])), ids[:, 3:]
+    wanted = teacher_forced(model.create_request(), batch, tokens)
+    request = model.create_request()
+    first = teacher_forced(request, one, tokens[:1])
+    for _ in range(2):
+        for ours, fresh in zip(teacher_forced(request, batch, tokens), wanted, strict=True):
+            np.testing.assert_array_equal(ours, fresh)
+    infer_request = request.infer_request
+    for ours, fresh in zip(teacher_forced(request, one, tokens[:1]), first, strict=True):
+        np.testing.assert_array_equal(ours, fresh)
+    assert request.infer_request is infer_request
+
+
 def buffers(request) -> dict[str, int]:
     """Addresses of the caches of all layers."""
     states = request.infer_request.query_state()

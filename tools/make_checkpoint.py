@@ -24,7 +24,8 @@ from tqdm import tqdm
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.finished_folder import check_disk, finished_or_nothing
 from chatglm_ov.presets import PRESETS, config_json
-from chatglm_ov.random_weights import DTYPES, RandomTensor, stored_tensors
+from chatglm_ov.random_weights import RandomTensor, stored_tensors
+from chatglm_ov.weight_files import FLOATS
 
 SAFETENSORS_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 STEMS = {"safetensors": "model", "bin": "pytorch_model"}
@@ -203,7 +204,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{option.replace('_', '-')}", type=int, metavar="N")
     field_help = "any other field of config.json; special token ids, for a small vocabulary"
     parser.add_argument("--set", type=parse_field, action="append", default=[], metavar="FIELD=VALUE", help=field_help)
-    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the released files")
+    parser.add_argument("--dtype", choices=FLOATS, help="default: that of the released files")
     parser.add_argument("--format", choices=STEMS, default="safetensors")
     parser.add_argument(
         "--shard-size", type=parse_size, default="2GB", metavar="SIZE", help="such as 500MB; default 2GB"

@@ -18,6 +18,7 @@ from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.memory import available
 from chatglm_ov.native import native, unavailable
 from chatglm_ov.sizes import size
+from chatglm_ov.weights.ir import WEIGHTS_NAME
 
 HINTS = ("bf16", "f32")
 """Inference precisions that the stock lowering is given; which of them is faster depends on machine and step."""
@@ -107,7 +108,7 @@ class Session:
     def _needed(self, variant: Variant, folders: dict[str, Path]) -> int:
         """Memory of a model. Fused operations use the weights where the file is mapped. A cache has up to twice the
         room that it needs."""
-        file = folders[variant.ops] / variant.weight_format / "openvino_model.bin"
+        file = folders[variant.ops] / variant.weight_format / WEIGHTS_NAME
         caches = (cache_bytes(self.source.config, variant.kv_cache_format, c.tokens, c.batch) for c in self.cases)
         return file.stat().st_size + SPARE_BYTES + int(2 * max(caches))
 

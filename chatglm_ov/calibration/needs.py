@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from chatglm_ov.calibration.text import calibrated_formats
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture, graph_shapes
@@ -22,7 +23,7 @@ def calibrated_weights(
 ) -> dict[str, dict[str, WeightFormat]]:
     """The weights that a calibration chooses, by model format and name: int4 ones, and with GPTQ int8 ones too. Raises
     ChatGLMError where the choices leave none."""
-    names = ("int4", "int8") if "gptq" in methods else ("int4",)
+    names = calibrated_formats(methods)
     chosen = {}
     for model in (name for name in weight_formats if name in names):
         formats = _linear_formats(config, choices, model)

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 from torch import Tensor as Values
 
 from chatglm_ov.calibration.eager import EagerLowering
@@ -28,7 +26,7 @@ from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
 from chatglm_ov.models.folds import Fold
 from chatglm_ov.processors import quota_threads
-from chatglm_ov.weight_files import open_weight_file
+from chatglm_ov.weight_files import open_weight_file, save_safetensors
 from chatglm_ov.weights.formats import WeightFormat, pack_u4, unpack_u4
 from chatglm_ov.weights.quantized import Parts, QuantizedTensor
 from chatglm_ov.weights.store import checked
@@ -167,11 +165,7 @@ class _Chosen:
 
     def add(self, name: str, choice: _Choice) -> None:
         file = self._folder / f"{len(self._files)}.safetensors"
-        try:
-            save_file(choice.parts, file)
-        except SafetensorError as error:
-            # All that the library says of a full disk.
-            raise OSError(str(error)) from error
+        save_safetensors(choice.parts, file)
         self._files[name] = choice.format, file
         self._divisors.update(choice.divisors)
 

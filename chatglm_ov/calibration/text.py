@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,14 @@ POEMS = Source(Path(__file__).parent.parent / "demo" / "calibration.jsonl.xz", p
 """The text of the package: Tang poems that the demo model does not know by heart."""
 
 
+def calibrated_formats(methods: Sequence[str]) -> tuple[str, ...]:
+    """The weight formats that calibration methods choose."""
+    return ("int4", "int8") if "gptq" in methods else ("int4",)
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """How int4 weights are chosen.
+    """How int4 weights are chosen, and with GPTQ int8 ones.
 
     methods: `awq` scales columns by their activations and clips ranges; `gptq` clips, and moves rounding errors into
     the columns that are left; both together scale first. source: texts. tokens: as many of them are used, from the
@@ -43,6 +48,15 @@ class Calibration:
     def label(self) -> str:
         """The methods in one word: awq, gptq or awq+gptq."""
         return "+".join(name for name in METHODS if name in self.methods)
+
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """The formats whose weights these methods choose."""
+        return calibrated_formats(self.methods)
+
+    def chosen_by(self, weight_format: str) -> str:
+        """The methods that chose the weights of a model of this format: only columns of int4 are scaled by AWQ."""
+        return self.label if weight_format == "int4" else "gptq"
 
     def sequences(self, tokenizer: Any, config: ArchitectureConfig) -> list[np.ndarray]:
         """Ids of the texts, int64 [N] each, N at most a window. Raises ChatGLMError for texts shorter than that."""

@@ -22,11 +22,11 @@ from chatglm_ov.presets import PRESETS, config_json
 from chatglm_ov.processors import THREADS
 from chatglm_ov.runtime import Settings, default_weight_format, load_model, weight_formats
 from chatglm_ov.tokenizer import detect_family
+from chatglm_ov.tokenizer.files import FAST_FILE, MODEL_FILE, V1_FILE
 from chatglm_ov.weights.formats import FORMATS
 from chatglm_ov.weights.graph_file import GraphFile
 from chatglm_ov.weights.ir import IR_NAME, RT_INFO, WEIGHTS_NAME
 
-TOKENIZER_FILES = ("ice_text.model", "tokenizer.model", "tokenizer.json")
 _NOT_SHAPE = {
     "bos_token_id", "eos_token_id", "pad_token_id", "pre_seq_len", "quantization_bit", "rope_ratio_meaning",
     "rope_scaling",
@@ -81,7 +81,7 @@ def released_models(config: ArchitectureConfig) -> list[str]:
 
 
 def _tokenizer(path: Path) -> dict[str, str] | None:
-    file = next((name for name in TOKENIZER_FILES if (path / name).is_file()), None)
+    file = next((name for name in (V1_FILE, MODEL_FILE, FAST_FILE) if (path / name).is_file()), None)
     return None if file is None else {"family": detect_family(path), "file": file}
 
 

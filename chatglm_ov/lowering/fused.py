@@ -32,10 +32,7 @@ class FusedLowering(GraphLowering):
     """Builds one model; see `chatglm_ov.lowering.Lowering` for the words."""
 
     name = "fused"
-
-    def __init__(self, weights: WeightStore):
-        super().__init__(weights)
-        self._payloads = weights
+    weights: WeightStore
 
     def inputs(self, *, position_rows: int = 1, prefix: bool = False) -> None:
         super().inputs(position_rows=position_rows, prefix=prefix)
@@ -61,7 +58,7 @@ class FusedLowering(GraphLowering):
         if not tied:
             parts = self.weights.embedding(name)
             return operation("EmbeddingRows", [self._ids, *parts.values()], hidden_size=parts["weight"].shape[1])
-        table = self._payloads.packed_lm_head(name)
+        table = self.weights.packed_lm_head(name)
         return operation("Embedding", [self._ids, table.payload], **_layout(table))
 
     def rms_norm(self, x: ov.Node, name: str, eps: float) -> ov.Node:
@@ -87,7 +84,7 @@ class FusedLowering(GraphLowering):
             y_features //= 2
             order = gate_up_rows(y_features)
             rows = order if rows is None else np.where(order == PADDING, PADDING, rows[order])
-        weight = self._payloads.packed_linear(name, rows)
+        weight = self.weights.packed_linear(name, rows)
         optional = []
         if bias:
             order = np.arange(y_features) if rows is None else rows
@@ -126,7 +123,7 @@ class FusedLowering(GraphLowering):
         return self._angles[id(rotary)]
 
     def lm_head(self, x: ov.Node, name: str) -> ov.Node:
-        table = self._payloads.packed_lm_head(name)
+        table = self.weights.packed_lm_head(name)
         return _fully_connected([last_rows(x, self._logits_to_keep), table.payload], table, table.out_features)
 
 
