@@ -32,6 +32,9 @@ class ArchitectureConfig(BaseModel):
     """Whether a token of the prompt sees those behind it too."""
     takes_trained_prefix: ClassVar[bool] = False
     """Whether a checkpoint may hold a prefix encoder (`chatglm_ov.trained_prefix`)."""
+    stored_head_counts: ClassVar[bool] = True
+    """Whether the original reads an LM head that is stored and is not the embedding, though `tie_word_embeddings` is
+    true."""
 
     hidden_size: int = Field(gt=0)
     num_layers: int = Field(gt=0)
@@ -39,6 +42,7 @@ class ArchitectureConfig(BaseModel):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
+    tie_word_embeddings: bool = False
     # Of weights that are stored quantized; see `chatglm_ov.prequantized`.
     quantization_bit: Literal[0, 4, 8] | None = None
     pre_seq_len: int | None = Field(None, ge=0)
@@ -90,6 +94,7 @@ class ChatGLMConfig(ArchitectureConfig):
     head_dim_field: ClassVar[str] = "hidden_size / num_attention_heads"
     sees_whole_prompt: ClassVar[bool] = True
     takes_trained_prefix: ClassVar[bool] = True
+    stored_head_counts: ClassVar[bool] = False
 
     vocab_size: int = Field(gt=0)
     inner_hidden_size: int = Field(gt=0)
@@ -169,7 +174,6 @@ class ChatGLM2Config(ArchitectureConfig):
     multiplied by it (all others)."""
     rope_scaling: RopeScaling | None = None
     """No published file has it: longer contexts at the user's wish."""
-    tie_word_embeddings: bool = False
     # Variants that no released model uses and that the definition does not cover.
     add_bias_linear: Literal[False] = False
     rmsnorm: Literal[True] = True
@@ -215,7 +219,6 @@ class GlmConfig(ArchitectureConfig):
     max_position_embeddings: int = Field(131072, gt=0)
     rms_norm_eps: float = Field(1.5625e-07, gt=0)
     attention_bias: bool = True
-    tie_word_embeddings: bool = False
     hidden_act: Literal["silu"] = "silu"
     rope_theta: float = Field(10000.0, gt=1, le=1e15)
     partial_rotary_factor: float = Field(0.5, gt=0, le=1)
@@ -233,7 +236,7 @@ class GlmConfig(ArchitectureConfig):
         joined = {**objects[0], **objects[1]}
         names = ("rope_theta", "partial_rotary_factor")
         inside = {name: joined[name] for name in names if joined.get(name) is not None}
-        beside = {name: value for name, value in fields.items() if value is not None}
+        beside = {name: value for name, value in fields.items() if value is not None or name in names}
         scaling = objects[0] or objects[1] or None
         if scaling is not None and scaling.get("rope_type", scaling.get("type", "default")) == "default":
             scaling = None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from chatglm_ov.checkpoint_config import checkpoint_fields
 from chatglm_ov.config import ArchitectureConfig, GlmConfig, config_class, read_config_json
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.prequantized import CONFIG_FIELDS
@@ -22,9 +23,9 @@ def given_fields(
     rope_scaling: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Contents of config.json with what the caller knows better."""
-    fields = read_config_json(source)
-    if "chatglm_ov" in fields:
+    if is_converted(source):
         raise ChatGLMError(source, "checkpoint", "a converted folder", "the folder that it was made of")
+    fields = checkpoint_fields(source)
     given = {"rope_ratio_meaning": rope_ratio_meaning, "rope_theta": rope_theta, "rope_scaling": rope_scaling}
     described = config_class(fields, source / "config.json")
     for name, value in given.items():
@@ -34,7 +35,12 @@ def given_fields(
             raise ChatGLMError("convert", name, value, f"not given: {described.architecture} models have none")
         if name == "rope_scaling" and not isinstance(value, Mapping):
             raise ChatGLMError("convert", name, value, 'an object such as {"rope_type": "yarn", "factor": 4.0}')
-        fields[name] = dict(value) if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            # The object may say more than how it scales.
+            before = fields.get(name)
+            kept = before if isinstance(before, dict) else {}
+            value = {key: kept[key] for key in ("rope_theta", "partial_rotary_factor") if key in kept} | {**value}
+        fields[name] = value
         # What stands in an object goes before what stands beside it.
         for other in ("rope_parameters", "rope_scaling"):
             if isinstance(fields.get(other), dict) and other != name:

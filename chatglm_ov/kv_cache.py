@@ -59,8 +59,8 @@ def _states(request: ov.InferRequest) -> dict[str, ov.VariableState]:
 class PluginCache:
     """The cache that a plugin keeps behind the stock lowering's states. Padding has a place in it like any column.
 
-    quantized: it holds integers and scales. The CPU plugin mixes up scales in a sequence that begins with more rows than
-    those before it in the same infer request (seen with OpenVINO 2026.4).
+    quantized: it holds integers and scales. The CPU plugin mixes up scales in a sequence that begins with more rows
+    than those before it in the same infer request (seen with OpenVINO 2026.4).
     """
 
     def __init__(self, request: ov.InferRequest, quantized: bool):

@@ -191,6 +191,7 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         given = one_cache({"past_key_values": past_key_values, "cache": cache})
         with self.session.request.turns.taken():
             cache, logits = self._forward(input_ids, attention_mask, position_ids, given, logits_to_keep)
+            self.session.bind(given)
             if prompt_copies > 1:
                 logits = logits.repeat(prompt_copies, axis=0)
                 cache.batch_repeat_interleave(prompt_copies)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from glm_models import EDGE, KINDS, TINY, reference, saved
 from golden_sets import rounds_to_bf16
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from chatglm_ov import OVChatGLMForCausalLM, convert
 from chatglm_ov.checkpoint import Checkpoint
@@ -122,6 +122,7 @@ def test_both_spellings_of_rope_are_one():
         ({"rope_scaling": {"rope_type": "ntk", "factor": 1e300}}, "rope_scaling.factor is 1e+300"),
         ({"rope_theta": 1e300}, "rope_theta is 1e+300"),
         ({"partial_rotary_factor": 0.01}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": None}, "partial_rotary_factor is None"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3"),
         ({"head_dim": 6}, "head_dim is 6"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -208,6 +209,49 @@ def test_a_doubtful_base_is_told_and_can_be_replaced(tmp_path, caplog):
     assert not caplog.text
     with torch.no_grad():
         wanted = reference("glm", max_position_embeddings=131072, rope_theta=5e6)(IDS).logits
+    torch.testing.assert_close(ours(IDS).logits, wanted, rtol=0, atol=1e-4)
+
+
+def test_scaling_as_an_option_keeps_what_else_the_object_says(tmp_path):
+    rope = {"rope_theta": 5e6, "partial_rotary_factor": 1.0}
+    checkpoint = saved(reference("glm"), tmp_path / "checkpoint")
+    fields = json.loads((checkpoint / "config.json").read_text())
+    fields = {name: value for name, value in fields.items() if name not in ("rope_parameters", *rope)}
+    (checkpoint / "config.json").write_text(json.dumps({**fields, "rope_scaling": {"rope_type": "default", **rope}}))
+    linear = {"rope_type": "linear", "factor": 2.0}
+    ours = converted(checkpoint, tmp_path / "out", "stock", rope_scaling=linear)
+    with torch.no_grad():
+        wanted = reference("glm", **rope, rope_scaling=linear)(IDS).logits
+    torch.testing.assert_close(ours(IDS).logits, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_that_is_stored_is_used_though_it_is_called_tied(kind, tmp_path, caplog):
+    original = reference(kind)
+    checkpoint = saved(original, tmp_path / "checkpoint")
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    with torch.no_grad():
+        wanted = original(IDS).logits
+    for ops in ("stock", "fused"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "chatglm_ov"):
+            ours = converted(checkpoint, tmp_path / ops, ops)
+        assert "lm_head.weight differs from the embedding" in caplog.text
+        torch.testing.assert_close(ours(IDS).logits, wanted, rtol=0, atol=1e-4)
+
+
+def test_a_head_that_is_the_embedding_is_stored_once(tmp_path, caplog):
+    checkpoint = saved(reference("glm", **EDGE), tmp_path / "checkpoint")
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file(
+        {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, checkpoint / "model.safetensors"
+    )
+    with torch.no_grad():
+        wanted = reference("glm", **EDGE)(IDS).logits
+    with caplog.at_level(logging.WARNING, "chatglm_ov"):
+        ours = converted(checkpoint, tmp_path / "out", "fused")
+    assert not caplog.text and ours.compiled.config.tie_word_embeddings
     torch.testing.assert_close(ours(IDS).logits, wanted, rtol=0, atol=1e-4)
 
 

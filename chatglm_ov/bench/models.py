@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from chatglm_ov.bench.weights import RandomWeights
 from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint_config import checkpoint_fields
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.conversion import convert_weights
+from chatglm_ov.converted_config import is_converted
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.model_weights import model_weights
 from chatglm_ov.plan import Plan, make_plan
@@ -68,7 +70,7 @@ def from_preset(preset: str, layers: int | None = None) -> Source:
 
 def from_folder(folder: Path) -> Source:
     """A checkpoint folder or a converted one. Raises ChatGLMError for anything else."""
-    fields = read_config_json(folder)
+    fields = read_config_json(folder) if is_converted(folder) else checkpoint_fields(folder)
     parse_config(fields, folder / "config.json")
     marker = fields.get("chatglm_ov")
     return Source(str(folder), fields, folder, marker.get("ops", "stock") if isinstance(marker, dict) else None)

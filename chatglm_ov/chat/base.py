@@ -96,7 +96,12 @@ class ChatFormat(ABC):
 
     def certain(self, text: str) -> str:
         """The part of an unfinished output that what follows cannot make into something else."""
-        return without_beginning(text, (PLACEHOLDER,))
+        return text
+
+    def settled(self, response: str) -> str:
+        """The part of a response to an unfinished output that later ones begin with. The originals' streams tell all of
+        it, and take some back."""
+        return without_beginning(response, (PLACEHOLDER,))
 
     def without_stop_token(self, tokenizer: Any, ids: Sequence[int], stops: Sequence[int] | None = None) -> list[int]:
         """`ids` less a stop token at the end (one of `stops`; None: those of the format). The originals drop the last

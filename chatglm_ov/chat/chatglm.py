@@ -41,10 +41,10 @@ class ChatGLMFormat(RoundsFormat):
     def split(self, text: str) -> tuple[str, str]:
         return "", self.clean(text)
 
-    def certain(self, text: str) -> str:
+    def settled(self, response: str) -> str:
         """Without punctuation at the end that a Chinese character behind it would widen."""
-        certain = super().certain(text)
-        return _MAY_BE_WIDENED.sub("", text) if certain == text else certain
+        settled = super().settled(response)
+        return _MAY_BE_WIDENED.sub("", settled) if settled == response else settled
 
     def clean(self, output: str) -> str:
         response = with_date(output.strip())

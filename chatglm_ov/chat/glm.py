@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from chatglm_ov.chat.base import PLACEHOLDER, ChatDefaults, Message, Response, without_beginning
+from chatglm_ov.chat.base import ChatDefaults, Message, Response, without_beginning
 from chatglm_ov.chat.glm4 import GLM4Format, named_call
 from chatglm_ov.chat.roles import ROLE_STOPS
 from chatglm_ov.chat.templates import token_id
@@ -68,4 +68,4 @@ class GLMFormat(GLM4Format):
         return named_call(part, names)
 
     def certain(self, text: str) -> str:
-        return without_beginning(text, (PLACEHOLDER, THINK, END_THINK))
+        return without_beginning(text, (THINK, END_THINK))

@@ -129,8 +129,10 @@ def ask(
     model: Any, tokenizer: Any, query: str, show: Show | None = None, history: Sequence = (), **options: Any
 ) -> Answer:
     """Answer `query` in the model's chat format, after `history`. `options` are those of `generate()`."""
-    watch, before, ours = Stopwatch(), list(history), isinstance(model, OVChatGLMForCausalLM)
-    most = default_new_tokens(tokenizer) if ours else DEFAULT_NEW_TOKENS
+    watch, before = Stopwatch(), list(history)
+    # The original answers here as well, for comparison.
+    chat = chat_format_for(tokenizer) if isinstance(model, OVChatGLMForCausalLM) else None
+    most = default_new_tokens(tokenizer) if chat else DEFAULT_NEW_TOKENS
     options = {"max_new_tokens": most, **options, "stopping_criteria": StoppingCriteriaList([watch])}
     response: Any = ""
     after: list = []
@@ -138,10 +140,10 @@ def ask(
         response, after = model.chat(tokenizer, query, history=before, **options)
     else:
         for response, after in model.stream_chat(tokenizer, query, history=before, **options):
-            show(as_text(response, after))
+            show(chat.settled(as_text(response, after)) if chat else as_text(response, after))
     cut = ""
-    if ours:  # not where the original answers, for comparison
-        ends = model.stop_ids(chat_format_for(tokenizer), tokenizer, options)
+    if chat:
+        ends = model.stop_ids(chat, tokenizer, options)
         cut = cut_short(model, watch, options["max_new_tokens"], ends)
     return Answer(as_text(response, after), watch.timing, figures(watch.timing, model), cut)
 

@@ -108,6 +108,7 @@ class Conversation:
         from chatglm_ov.cli.printing import TextPrinter
         from chatglm_ov.generation.timing import Stopwatch
 
+        chat = chat_format_for(self._tokenizer)
         watch, printer, text, before, cut = Stopwatch(), TextPrinter(), "", self._history, ""
         options = {"max_new_tokens": default_new_tokens(self._tokenizer), **self._options}
         options["stopping_criteria"] = StoppingCriteriaList([watch])
@@ -116,9 +117,9 @@ class Conversation:
             with closing(self._model.stream_chat(self._tokenizer, query, self._history, **options)) as answers:
                 for response, self._history in answers:
                     text = as_text(response, self._history)
-                    printer.show(text)
+                    printer.show(chat.settled(text))
             printer.finish(text)
-            ends = self._model.stop_ids(chat_format_for(self._tokenizer), self._tokenizer, options)
+            ends = self._model.stop_ids(chat, self._tokenizer, options)
             cut = cut_short(self._model, watch, options["max_new_tokens"], ends)
         except KeyboardInterrupt:
             printer.finish(text)

@@ -9,9 +9,11 @@ from typing import Any
 
 import openvino as ov
 
+from chatglm_ov.checkpoint_config import checkpoint_fields
 from chatglm_ov.cli.machine import kernel_in_use
 from chatglm_ov.cli.parts import weight_parts
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
+from chatglm_ov.converted_config import is_converted
 from chatglm_ov.ir_reading import described_ir, read_ir, why_unpacked
 from chatglm_ov.model_weights import model_weights
 from chatglm_ov.models import architecture
@@ -38,9 +40,9 @@ def folder(path: Path) -> dict[str, Any]:
 
     Raises ChatGLMError for a folder that is neither, and for a checkpoint that could not be converted.
     """
-    fields = read_config_json(path)
+    converted = is_converted(path)
+    fields = read_config_json(path) if converted else checkpoint_fields(path)
     config = parse_config(fields, path / "config.json")
-    converted = "chatglm_ov" in fields
     return {
         "folder": str(path),
         "kind": "converted" if converted else "checkpoint",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -112,6 +113,7 @@ class Session:
         self.request, self.num_layers = request, num_layers
         self.epoch = 0
         self._columns = Columns.none(0, None)
+        self._stands_for: WeakKeyDictionary[Cache, StateCache] = WeakKeyDictionary()
 
     def renew(self, request: Any) -> None:
         """Go on in another request, whose cache is empty. Every handle given out before is stale; who waits for a turn
@@ -139,6 +141,27 @@ class Session:
         self.request.truncate(kept)
         columns.crop(kept)
         return self._begun(columns)
+
+    def meant(self, cache: Any, ids: np.ndarray | None = None) -> StateCache | None:
+        """The handle that a cache argument stands for; None where a sequence begins.
+
+        A cache object of transformers' own stays empty. Where a call has been given it, as programs do that make one
+        before they begin, it stands for the sequence of that call from then on. ids [B, L]: with a whole sequence it
+        may stand for one that is gone, which is computed again. Raises ChatGLMError for what cannot be a cache of this
+        model."""
+        if cache is None or isinstance(cache, StateCache):
+            return cache
+        if not isinstance(cache, Cache) or cache.get_seq_length() > 0:
+            raise ChatGLMError("past_key_values", "type", type(cache).__name__, "a cache returned by this model")
+        handle = self._stands_for.get(cache)
+        if handle is None or handle.is_current() or ids is None:
+            return handle
+        return None if ids.shape[1] > handle.columns.keep.shape[1] else handle
+
+    def bind(self, cache: Any) -> None:
+        """A cache object of transformers' own stands for the sequence that is in the cache from now on."""
+        if cache is not None and not isinstance(cache, StateCache):
+            self._stands_for[cache] = self.latest()
 
     def latest(self) -> StateCache:
         """A handle of the sequence that is in the cache; those of it that were given out before stay good."""
@@ -177,6 +200,10 @@ class StateCache(Cache):
             raise ChatGLMError("past_key_values", "sequence", "an earlier one", wanted)
         if self._session.interrupted(self.columns):
             raise ChatGLMError("past_key_values", "sequence", "lost in a call that was interrupted", "a new one")
+
+    def is_current(self) -> bool:
+        """Whether the sequence is the one that is in the model."""
+        return self._epoch == self._session.epoch and not self._session.interrupted(self.columns)
 
     # Rows
 

@@ -69,7 +69,7 @@ def prepare(
     if position_ids is not None:
         positions = _explicit(position_ids, ids, dimensions=2 if prefix is None else 3)
     elif cache is not None and (prefix is None or past > prefix.max()):
-        positions = next_positions(cache.columns.position, ids.shape[1])
+        positions = _positions_behind(cache.columns.position, keep[:, past:])
     else:
         # Of all columns: where a prefix ends, the next position is that of a token somewhere in it.
         whole = ids if cache is None else np.concatenate([cache.columns.ids, ids], axis=1)
@@ -126,6 +126,28 @@ def new_columns(ids: np.ndarray, mask: torch.Tensor | None, cache: StateCache) -
     return total - past
 
 
+def go_back_to_mask(ids: np.ndarray, mask: Any, cache: StateCache) -> bool:
+    """Crop a cache to the columns where the mask [B, T] of the whole sequence `ids` [B, T] is what it was when they
+    were fed: what stands behind a column that was taken for text, and is padding now, is computed again. False: no
+    column is left of it. ChatGLMError where what is to be computed again is not in `ids`."""
+    if mask is None:
+        return True
+    told, fed = _mask(mask), cache.columns.keep
+    if told.ndim != 2 or len(told) != len(fed) or told.shape[1] <= fed.shape[1]:
+        return True  # of another form, which is looked at where it is used
+    row, column = min(np.argwhere(told[:, : fed.shape[1]] != fed).tolist(), key=lambda at: at[1], default=(0, -1))
+    if column < 0:
+        return True
+    if ids.shape != told.shape:
+        wanted = f"{int(fed[row, column])}, as when it was fed, or the ids of the whole sequence"
+        raise ChatGLMError(f"attention_mask row {row}", f"column {column}", int(told[row, column]), wanted)
+    prefix = cache.columns.prefix
+    if column == 0 or (prefix is not None and column < prefix.max()):
+        return False
+    cache.crop(column - fed.shape[1])
+    return True
+
+
 def warn_of_padding(ids: np.ndarray, pad_token_id: int | None, eos_token_ids: list[int]) -> None:
     """Log once what may be wrong with `ids` [B, L] that came without a mask; nothing is changed."""
     if pad_token_id is None:
@@ -163,10 +185,15 @@ def leading_padding(ids: np.ndarray, pad_token_id: int | None, eos_token_ids: li
 def next_positions(last: np.ndarray, count: int) -> np.ndarray:
     """Positions of the `count` tokens after those with the positions `last`: [B] -> [B, count], counting on;
     [B, 2] -> [B, 2, count], where the position stays and the block position counts on."""
-    step = np.arange(1, count + 1, dtype=np.int64)
+    return _positions_behind(last, np.ones((len(last), count), bool))
+
+
+def _positions_behind(last: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """The same of columns `keep` [B, n], where padding takes no position."""
+    step = keep.cumsum(axis=1, dtype=np.int64)
     if last.ndim == 1:
         return last[:, None] + step
-    return last[:, :, None] + np.stack([np.zeros_like(step), step])
+    return last[:, :, None] + np.stack([np.zeros_like(step), step], axis=1)
 
 
 def _explicit(position_ids: torch.Tensor, ids: np.ndarray, dimensions: int) -> np.ndarray:

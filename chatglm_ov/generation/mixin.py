@@ -7,12 +7,19 @@ cache of their own, and none knows positions in two rows.
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation import inputs
@@ -53,6 +60,8 @@ class StatefulGenerationMixin(GenerationMixin):
         self,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
@@ -72,13 +81,11 @@ class StatefulGenerationMixin(GenerationMixin):
         """
         refuse_tensors("generate", kwargs.get("inputs_embeds"), kwargs.pop("token_type_ids", None))
         for name, (neutral, reason) in _REFUSED.items():
-            value = kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
+            value = self._argument(name, generation_config, kwargs)
             if value not in (None, neutral):
                 raise ChatGLMError("generate", name, repr(value), f"none: {reason}")
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        cache = _not_empty(one_cache(kwargs))
-        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
-        kwargs |= {} if cache is None else {CACHE_NAME: cache}
+        kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
         assistant = kwargs.get("assistant_model")
         check_assistant(self, assistant)
         with ExitStack() as stack:
@@ -91,23 +98,36 @@ class StatefulGenerationMixin(GenerationMixin):
 
     def _generated(self, ids: Any, config: GenerationConfig | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         self.reused_tokens, self.speculation = 0, None
+        given = one_cache(kwargs)
+        cache = self.session.meant(given, inputs.token_ids(ids))
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        kwargs |= {} if cache is None else {CACHE_NAME: cache}
         # It is inside the model, and there is no other way to go on.
-        kwargs["use_cache"] = True
+        if config is None:
+            kwargs["use_cache"] = True
+        else:
+            config = copy.copy(config)
+            config.use_cache = True
         if kwargs.pop("reuse_cache", False):
             self._resume(ids, kwargs)
-        step = self._first_step(ids, config or self.generation_config, kwargs)
-        self._keep_within_positions(step, ids.shape[1], config or self.generation_config, kwargs)
+        step = self._first_step(ids, config, kwargs)
+        kwargs["stopping_criteria"] = self._within_positions(step, ids.shape[1], kwargs["stopping_criteria"])
         kwargs["attention_mask"] = torch.from_numpy(step.keep.astype(np.int64))
         kwargs["position_ids"] = torch.from_numpy(np.array(step.position_ids))
         own_progress = self.prompt_progress
         self.prompt_progress = kwargs.pop("prompt_progress", own_progress)
         try:
-            return super().generate(ids, config, *args, **kwargs)  # type: ignore[misc]
+            made = super().generate(ids, config, *args, **kwargs)  # type: ignore[misc]
         finally:
             self.prompt_progress = own_progress
+        self.session.bind(given)
+        return made
 
-    def _first_step(self, input_ids: Any, config: GenerationConfig, kwargs: dict[str, Any]) -> Step:
+    def _first_step(self, input_ids: Any, config: GenerationConfig | None, kwargs: dict[str, Any]) -> Step:
         ids, cache = inputs.token_ids(input_ids), self._checked_cache(kwargs.get(CACHE_NAME))
+        if cache is not None and not inputs.go_back_to_mask(ids, kwargs.get("attention_mask"), cache):
+            del kwargs[CACHE_NAME]
+            cache = None
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         new = ids.shape[1]
         if cache is not None:
@@ -125,29 +145,31 @@ class StatefulGenerationMixin(GenerationMixin):
             raise ChatGLMError("attention_mask", "last column", "padding", "a token in each row: pad on the left")
         return step
 
-    def _keep_within_positions(
-        self, step: Step, columns: int, config: GenerationConfig, kwargs: dict[str, Any]
-    ) -> None:
-        """A text that fills the model ends there, as at any other greatest length: the last token is not fed."""
+    def _within_positions(
+        self, step: Step, columns: int, criteria: StoppingCriteriaList | None
+    ) -> StoppingCriteriaList | None:
+        """`criteria`, and one with which a text that fills the model ends: its last token is not fed."""
         limit = self.compiled.config.max_positions
         if limit is None:
-            return
+            return criteria
         left = max(1, limit - int(step.position_ids[..., -1].max()))
-        asked = {name: kwargs.get(name, getattr(config, name)) for name in ("max_new_tokens", "max_length")}
-        name, most = ("max_length", columns + left) if asked["max_new_tokens"] is None else ("max_new_tokens", left)
-        if asked[name] is not None and asked[name] > most:
-            kwargs[name] = most
+        return StoppingCriteriaList([*(criteria or ()), PositionsUsedUp(columns + left)])
 
-    def _special_ids(self, config: GenerationConfig, kwargs: dict[str, Any]) -> tuple[int | None, list[int]]:
-        """pad_token_id and the end ids that one call of generate() works with: the call's own, those of its config, and
-        what that leaves out the model's."""
+    def _argument(self, name: str, config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
+        """What one call of generate() works with: its own argument, that of its config, and what that leaves out the
+        model's."""
+        if name in kwargs:
+            return kwargs[name]
+        told = getattr(config, name, None)
+        return getattr(self.generation_config, name, None) if told is None else told
 
-        def of_call(name: str) -> Any:
-            told = kwargs.get(name, getattr(config, name))
-            return getattr(self.generation_config, name) if told is None and name not in kwargs else told
-
-        ends = of_call("eos_token_id")
-        return of_call("pad_token_id"), [] if ends is None else [int(i) for i in np.atleast_1d(ends)]
+    def _special_ids(self, config: GenerationConfig | None, kwargs: dict[str, Any]) -> tuple[int | None, list[int]]:
+        """pad_token_id and the end ids of one call."""
+        pad, ends = (
+            [] if ids is None else [int(i) for i in np.atleast_1d(ids)]
+            for ids in (self._argument(name, config, kwargs) for name in ("pad_token_id", "eos_token_id"))
+        )
+        return pad[0] if pad else None, ends
 
     def _resume(self, input_ids: Any, kwargs: dict[str, Any]) -> None:
         """Put a cache with what `input_ids` and the latest sequence have in common into the arguments, if that is
@@ -169,12 +191,9 @@ class StatefulGenerationMixin(GenerationMixin):
 
     def _checked_cache(self, cache: Any) -> StateCache | None:
         """The cache argument if it is the handle of what is in the model now; ChatGLMError for any other."""
-        cache = _not_empty(cache)
-        if cache is None:
-            return None
-        if not isinstance(cache, StateCache):
-            raise ChatGLMError("past_key_values", "type", type(cache).__name__, "a cache returned by this model")
-        cache.check_current(self.session)
+        cache = self.session.meant(cache)
+        if cache is not None:
+            cache.check_current(self.session)
         return cache
 
     def prepare_inputs_for_generation(  # type: ignore[override]
@@ -281,7 +300,11 @@ class StatefulGenerationMixin(GenerationMixin):
     generate_batch = init_continuous_batching
 
 
-def _not_empty(cache: Any) -> Any:
-    """None for a cache of transformers' own with nothing in it, which is how some programs begin."""
-    foreign = isinstance(cache, Cache) and not isinstance(cache, StateCache)
-    return None if foreign and cache.get_seq_length() == 0 else cache
+class PositionsUsedUp(StoppingCriteria):
+    """Ends each row at `columns` columns."""
+
+    def __init__(self, columns: int):
+        self._columns = columns
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self._columns)

@@ -24,7 +24,7 @@ from types import ModuleType
 from chatglm_ov.config import ArchitectureConfig
 
 
-def architecture(config: ArchitectureConfig) -> ModuleType:
+def architecture(config: ArchitectureConfig | type[ArchitectureConfig]) -> ModuleType:
     """The module that defines this configuration's model."""
     return import_module(f"chatglm_ov.models.{config.architecture}")
 

@@ -68,7 +68,8 @@ def stacked_weights(config: GlmConfig) -> dict[str, tuple[str, ...]]:
 
 
 def is_ignored(config: GlmConfig, name: str) -> bool:
-    """GLM-Edge says that its head is tied and stores one all the same; transformers does not read it."""
+    """GLM-Edge says that its head is tied and stores one all the same. Where it is another one, the configuration does
+    not say so here any more (`chatglm_ov.checkpoint_config`)."""
     return name.endswith("inv_freq") or (config.tie_word_embeddings and name == LM_HEAD)
 
 
