@@ -143,15 +143,15 @@ def prefix_length(config: ChatGLMConfig, input_ids: np.ndarray, attention_mask: 
 def position_ids(config: ChatGLMConfig, input_ids: np.ndarray, attention_mask: np.ndarray | None) -> np.ndarray:
     """Positions int64 [B, 2, N] of all N tokens. Row 0 counts up to `<sop>` and stays at the place of the first
     [gMASK] (of the first [MASK] if there is none) from there on; row 1 is 0 before `<sop>`, then 1, 2, ...
-    Both are 0 on left padding, which the count leaves out."""
+    Both are 0 on left padding, which the count leaves out, as row 1 does padding behind the prompt."""
     columns = np.arange(input_ids.shape[1], dtype=np.int64)
     real = np.ones_like(input_ids, dtype=bool) if attention_mask is None else attention_mask != 0
     padding = real.argmax(axis=1)[:, None]
     context = prefix_length(config, input_ids, attention_mask)[:, None]
     mask_column = _mask_column(config, input_ids, real)[:, None]
     position = np.where(columns < context, columns, mask_column) - padding
-    block_position = np.maximum(columns - context + 1, 0)
-    return np.stack([np.where(real, position, 0), np.where(real, block_position, 0)], axis=1)
+    block_position = (real & (columns >= context)).cumsum(axis=1, dtype=np.int64)
+    return np.stack([np.where(columns < padding, 0, position), block_position], axis=1)
 
 
 def _mask_column(config: ChatGLMConfig, input_ids: np.ndarray, real: np.ndarray) -> np.ndarray:
