@@ -38,6 +38,10 @@ class KVCache(Protocol):
         in the cache were fed. Raises ChatGLMError where there is no memory for it, or the masks do not agree where
         they must; what is in the cache stays then."""
 
+    def make_room(self, rows: int, slots: int, keep: bool) -> None:
+        """Have at least so many rows and slots a row. keep: there are columns in the cache that are needed. Raises
+        ChatGLMError where there is no memory for it; what is in the cache stays then."""
+
     def forget(self) -> None:
         """The next call begins a sequence."""
 
@@ -77,6 +81,9 @@ class PluginCache:
         """The plugin's cache grows by itself."""
         if continued.shape[1] == 0:
             self._rows = max(self._rows, len(columns))
+
+    def make_room(self, rows: int, slots: int, keep: bool) -> None:
+        """Nothing to do: it grows by itself."""
 
     def forget(self) -> None:
         self._request.reset_state()
@@ -211,7 +218,6 @@ class BlockCache:
         self.make_room(len(columns), slots, keep=past > 0)
 
     def make_room(self, rows: int, slots: int, keep: bool) -> None:
-        """Have at least so many rows and slots a row. keep: there are columns in the cache that are needed."""
         if not keep and not self._layers[0].state.size:
             # Nothing yet, or nothing any more after OpenVINO's own reset_state.
             self.rows = self.blocks = 0

@@ -231,6 +231,7 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         was fed before it."""
         total, columns = step.ids.shape[1], cache.columns
         past = columns.keep.shape[1]
+        self.session.request.reserve(step.keep)
         first_kept = 0 if logits_to_keep == 0 else max(0, total - logits_to_keep)
         kept = []
         for piece in pieces(step, past):

@@ -85,6 +85,14 @@ class Request:
                 self.cache.truncate(self._trained + past_length)
             self._fed = self._fed[:, :past_length]
 
+    def reserve(self, attention_mask: np.ndarray) -> None:
+        """Make room for a sequence that will have the columns of `attention_mask` [B, T], those in the cache included:
+        one that there is no memory for is refused before anything is computed, and the cache does not grow from call to
+        call. Raises ChatGLMError; the cache is then as it was."""
+        with self.turns.taken():
+            slots = self._trained + int(np.count_nonzero(attention_mask, axis=1).max())
+            self.cache.make_room(len(attention_mask), slots, keep=self.past_length > 0)
+
     def infer(
         self,
         input_ids: np.ndarray,

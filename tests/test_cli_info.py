@@ -150,7 +150,9 @@ def test_instruction_sets_agree_with_numpy(run: Run) -> None:
 
 
 def test_instruction_sets_of_other_processors(tmp_path: Path) -> None:
-    sapphire_rapids = "fma avx2 avx512f avx512dq avx512bw avx512vl avx512_vnni avx512_bf16 amx_bf16 amx_tile amx_int8"
+    sapphire_rapids = (
+        "fma avx2 avx_vnni avx512f avx512dq avx512bw avx512vl avx512_vnni avx512_bf16 amx_bf16 amx_tile amx_int8"
+    )
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nmodel name\t: X\nflags\t\t: {sapphire_rapids}\nflags\t\t: sse\n")
     assert all(isa_of(cpu_flags(cpuinfo)).values())

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import V2
+from golden_cases import V2, without_library
 from golden_sets import GOLDENS, model_inputs, open_either_model, open_model  # noqa: F401
 from transformers import DynamicCache, GenerationConfig
 
-from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert
+from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert, kv_cache
 
 pytestmark = pytest.mark.transformers_matrix
 
@@ -81,6 +81,24 @@ def test_a_cache_of_a_sequence_that_is_gone(golden, open_model):
     assert torch.equal(model.generate(longer, past_key_values=one, **GREEDY), wanted)
     with pytest.raises(ChatGLMError, match="past_key_values: sequence is an earlier one"):
         model(ids[:, -1:], past_key_values=other)
+
+
+@without_library
+def test_a_prompt_that_the_memory_cannot_hold_is_refused_before_it_is_computed(open_model, monkeypatch):
+    model, ids = open_model(V2, ops="fused"), V2.tensor("p17_input_ids").repeat(2, 30)
+    model.release_cache()
+    layers, layout = model.config.num_hidden_layers, model.compiled.cache_layout
+    enough_for_half = (layers + 1) * layout.nbytes(2, 256 // kv_cache.BLOCK_SLOTS)
+    monkeypatch.setattr(kv_cache, "available", lambda: enough_for_half)
+    done = []
+    how = {"max_new_tokens": 1, "prompt_progress": lambda columns, total: done.append(columns)}
+    with pytest.raises(ChatGLMError, match=r"KV cache: free memory is .*, for 2 rows of 512 slots"):
+        model.generate(ids, **how)
+    assert not done
+    model.generate(ids[:, :256], **how)
+    monkeypatch.undo()
+    model.generate(ids, **how)
+    assert done == [256, 256, 510]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""tools/gen_chatglm.py, tools/test_chatglm.py and tools/evaluate_demo.py."""
+"""tools/gen_chatglm.py, tools/test_chatglm.py and the tools of the demo model."""
 
 # ruff: noqa: F811 (fixtures are imported)
 
@@ -162,6 +162,15 @@ def test_torch_for_a_checkpoint_without_code(checkpoint: Path, converted: Path, 
     assert "auto_map is missing" in told
 
 
-def test_evaluate_demo_tells_a_missing_file_in_one_line(tmp_path: Path) -> None:
-    command = (sys.executable, TOOLS / "evaluate_demo.py", tmp_path / "demo", "--data", tmp_path)
-    assert "tang300.jsonl: No such file" in finish(spawn(*command)).error
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("evaluate_demo", ["demo"]),
+        ("train_demo", ["--evaluate-only", "--output", "demo"]),
+        ("make_calibration_text", ["text.jsonl.xz"]),
+    ],
+)
+def test_tools_of_the_demo_tell_a_missing_file_in_one_line(name: str, arguments: list[str], tmp_path: Path) -> None:
+    command = (sys.executable, TOOLS / f"{name}.py", *arguments, "--data", tmp_path)
+    assert "tang300.jsonl: No such file" in finish(spawn(*command, cwd=tmp_path)).error
+    assert not list(tmp_path.iterdir())

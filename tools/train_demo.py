@@ -9,6 +9,8 @@ there lets a run that was ended continue with the same command.
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -31,6 +33,8 @@ from demo.export import read_checkpoint, write_checkpoint
 from demo.model import SIZES, ChatGLM3
 from demo.training import Plan, Trainer, draw_curve
 from demo.vocabulary import SPECIALS, ChatVocabulary, choose_characters, train_vocabulary
+
+from chatglm_ov.cli.program import Parser, execute
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CHARACTERS = 4160
@@ -83,8 +87,7 @@ def measure_steps(minutes: float, trainer: Trainer) -> int:
     return max(300, round(minutes * 60 / ((perf_counter() - start) / 12) / 100) * 100)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train the demo model and write its checkpoint and figures.")
+def add_arguments(parser: Parser) -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="folder with tang300.jsonl and tang_poems_*.jsonl.xz")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="checkpoint, report and snapshot")
     parser.add_argument("--size", choices=SIZES, default="small")
@@ -95,12 +98,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="before it falls to nothing")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
     parser.add_argument("--evaluate-only", action="store_true", help="only make the report of an existing checkpoint")
-    return parser.parse_args()
 
 
-def main() -> None:
-    """Train the demo model and write its checkpoint and figures."""
-    asked = arguments()
+def run(asked: argparse.Namespace) -> None:
     data, output = asked.data, asked.output
     torch.set_num_threads(asked.threads)
     torch.set_flush_denormal(True)
@@ -146,5 +146,13 @@ def train(
     draw_curve(run.history, len(anthology), output / "training.png")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    description = "Train the demo model and write its checkpoint and figures."
+    parser = Parser(prog="train_demo.py", description=description, debug_default=False)
+    add_arguments(parser)
+    return execute(parser, argv, run)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -205,11 +205,14 @@ class _Printer(logging.StreamHandler):
 def shown_log() -> Iterator[None]:
     """What the package logs, above all the plan of a conversion before it starts, goes to the standard output."""
     log, handler = logging.getLogger("chatglm_ov"), _Printer(sys.stdout)
-    level = log.level
+    level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    # A library may give the root logger a handler of its own.
+    log.propagate = False
     try:
         yield
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+        log.propagate = propagate

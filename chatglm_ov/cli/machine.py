@@ -19,6 +19,7 @@ from chatglm_ov.processors import THREADS, processor_quota, thread_limit
 
 ISA_FLAGS = {
     "AVX2": ("avx2", "fma"),
+    "AVX-VNNI": ("avx_vnni",),
     "AVX-512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
     "AVX-512 VNNI": ("avx512_vnni",),
     "AVX-512 BF16": ("avx512_bf16",),
