@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chatglm_ov.conversion import convert
+    from chatglm_ov.conversion.convert import convert
     from chatglm_ov.errors import ChatGLMError
     from chatglm_ov.modeling import OVChatGLMForCausalLM
     from chatglm_ov.tokenizer import load_tokenizer
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "convert": "chatglm_ov.conversion",
+    "convert": "chatglm_ov.conversion.convert",
     "load_tokenizer": "chatglm_ov.tokenizer",
     "OVChatGLMForCausalLM": "chatglm_ov.modeling",
     "ChatGLMError": "chatglm_ov.errors",

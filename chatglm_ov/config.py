@@ -31,7 +31,7 @@ class ArchitectureConfig(BaseModel):
     sees_whole_prompt: ClassVar[bool] = False
     """Whether a token of the prompt sees those behind it too."""
     takes_trained_prefix: ClassVar[bool] = False
-    """Whether a checkpoint may hold a prefix encoder (`chatglm_ov.trained_prefix`)."""
+    """Whether a checkpoint may hold a prefix encoder (`chatglm_ov.checkpoint.trained_prefix`)."""
     stored_head_counts: ClassVar[bool] = True
     """Whether the original reads an LM head that is stored and is not the embedding, though `tie_word_embeddings` is
     true."""
@@ -43,10 +43,10 @@ class ArchitectureConfig(BaseModel):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     tie_word_embeddings: bool = False
-    # Of weights that are stored quantized; see `chatglm_ov.prequantized`.
+    # Of weights that are stored quantized; see `chatglm_ov.checkpoint.prequantized`.
     quantization_bit: Literal[0, 4, 8] | None = None
     pre_seq_len: int | None = Field(None, ge=0)
-    """Tokens of a trained prefix (P-Tuning v2) before every sequence; see `chatglm_ov.trained_prefix`."""
+    """Tokens of a trained prefix (P-Tuning v2) before every sequence; see `chatglm_ov.checkpoint.trained_prefix`."""
 
     @property
     def prompt_end(self) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message; the name of its class where it says nothing."""
+    """The first line of an error's message, or the name of its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

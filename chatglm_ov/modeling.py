@@ -18,8 +18,8 @@ from chatglm_ov.generation.chat import ChatMixin
 from chatglm_ov.generation.inputs import Step, pieces, prepare, refuse_tensors
 from chatglm_ov.generation.mixin import StatefulGenerationMixin
 from chatglm_ov.generation.speculative import Speculation
-from chatglm_ov.memory import give_back
-from chatglm_ov.runtime import load_model
+from chatglm_ov.runtime.loading import load_model
+from chatglm_ov.system.memory import give_back
 
 PromptProgress = Callable[[int, int], None]
 """Called with the columns of a prompt that are done, and with all of them."""
@@ -64,7 +64,7 @@ class OVChatGLMConfig(PretrainedConfig):
 
     @classmethod
     def from_folder(cls, folder: Path | str, architecture: ArchitectureConfig) -> OVChatGLMConfig:
-        """Of `folder/config.json`, whose typed form is `architecture`."""
+        """The fields of `folder/config.json`, whose typed form is `architecture`."""
         generation = set(vars(GenerationConfig())) - set(_TOKEN_IDS)
         # What the base class has of its own, methods and computed fields among them, says nothing of these models.
         own = set(dir(PretrainedConfig)) - {"model_type"}
@@ -151,7 +151,7 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the logits."""
+        """Element type of the logits."""
         return torch.float32
 
     def forward(

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from chatglm_ov import convert
+from chatglm_ov.checkpoint.model_weights import model_weights
+from chatglm_ov.checkpoint.prequantized import open_checkpoint
 from chatglm_ov.config import parse_config, read_config_json
-from chatglm_ov.conversion import available_ops
-from chatglm_ov.model_weights import model_weights
-from chatglm_ov.plan import Plan, make_plan
-from chatglm_ov.prequantized import open_checkpoint
+from chatglm_ov.conversion.convert import available_ops
+from chatglm_ov.conversion.plan import Plan, make_plan
 
 
 def to_int8(checkpoint: Path, output: Path, **options: Any) -> Path:

@@ -18,9 +18,9 @@ from golden_sets import GOLDENS, OPS, ROOTS, Golden, each_ops, here, without_lib
 from safetensors.numpy import save_file
 
 from chatglm_ov import convert
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.config import read_config_json
-from chatglm_ov.runtime import CompiledModel, Request, load_model
+from chatglm_ov.runtime.loading import CompiledModel, Request, load_model
 
 TOLERANCE = 1e-3
 """Of an f32 run against the originals: their own float64 and float32 runs differ by 1e-5."""

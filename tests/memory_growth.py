@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from chatglm_ov.conversion import convert
-from chatglm_ov.memory import growth
-from chatglm_ov.runtime import load_model
+from chatglm_ov.conversion.convert import convert
+from chatglm_ov.runtime.loading import load_model
+from chatglm_ov.system.memory import growth
 
 
 def first_token(folder: Path, weight_format: str, precision: str | None) -> None:

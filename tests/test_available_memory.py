@@ -9,8 +9,9 @@ import psutil
 import pytest
 from golden_sets import GOLDENS
 
-from chatglm_ov import conversion, convert
-from chatglm_ov.memory import available
+from chatglm_ov import convert
+from chatglm_ov.conversion import convert as conversion
+from chatglm_ov.system.memory import available
 
 MACHINE = 8_000_000
 VERSION_1 = {

@@ -36,13 +36,13 @@ from chatglm_ov.calibration.rounding import LAZY_COLUMNS, ROWS, Compensation, Gr
 from chatglm_ov.calibration.run import calibrate
 from chatglm_ov.calibration.scaling import column_scales
 from chatglm_ov.calibration.text import POEMS, Calibration
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.cli.demo import CHECKPOINT as DEMO
 from chatglm_ov.config import load_config
-from chatglm_ov.evaluation.documents import Source
+from chatglm_ov.documents import Source
 from chatglm_ov.evaluation.run import Windows, evaluate
 from chatglm_ov.models import architecture
-from chatglm_ov.runtime import load_model
+from chatglm_ov.runtime.loading import load_model
 from chatglm_ov.tokenizer import load_tokenizer
 from chatglm_ov.weights.choices import FormatChoices
 

@@ -12,7 +12,7 @@ import torch
 from checkpoint_files import LFS_POINTER, assert_told, both_kinds, save, save_sharded, shapes, tensors, write_index
 from safetensors.torch import load_file
 
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.errors import ChatGLMError
 
 MB = 1 << 20

@@ -18,14 +18,14 @@ from golden_cases import V1, V2, own_prompt, stored_weights, write_checkpoint
 from golden_sets import each_ops, without_library
 
 from chatglm_ov import ChatGLMError, convert
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.cli.parts import weight_parts
 from chatglm_ov.config import load_config
-from chatglm_ov.ir_reading import read_ir
+from chatglm_ov.conversion.plan import make_plan
 from chatglm_ov.models import architecture
 from chatglm_ov.native import native
-from chatglm_ov.plan import make_plan
-from chatglm_ov.runtime import load_model
+from chatglm_ov.runtime.ir_reading import read_ir
+from chatglm_ov.runtime.loading import load_model
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices, LayerFormats, read_layer_formats
 from chatglm_ov.weights.formats import FORMATS, GROUP_SIZES, WeightFormat, int4_format
 from chatglm_ov.weights.ir import IR_NAME

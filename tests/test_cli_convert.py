@@ -30,9 +30,9 @@ from command_line import (  # noqa: F401
 )
 from conversions import plan_conversion
 
-from chatglm_ov import finished_folder
+from chatglm_ov.conversion import finished_folder
 from chatglm_ov.presets import config_json
-from chatglm_ov.sizes import size
+from chatglm_ov.system.sizes import size
 
 SIDE_FILES = ["config.json", "generation_config.json", "tokenizer.model", "tokenizer_config.json"]
 

@@ -22,7 +22,7 @@ from chatglm_ov import OVChatGLMForCausalLM, convert, load_tokenizer
 from chatglm_ov.cli import answer
 from chatglm_ov.cli.answer import as_text, complete
 from chatglm_ov.presets import config_json
-from chatglm_ov.runtime import load_model
+from chatglm_ov.runtime.loading import load_model
 
 EXACT = ("--weight-format", "f32", "--inference-precision", "f32")
 STATS = re.compile(

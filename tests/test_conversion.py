@@ -14,11 +14,13 @@ from conversions import dead_process, interrupted, listing, names, plan_conversi
 from golden_cases import V1, V2, each_ops, each_small, own_prompt, stored_weights, write_checkpoint
 from tqdm import tqdm
 
-from chatglm_ov import ChatGLMError, conversion, convert, finished_folder
+from chatglm_ov import ChatGLMError, convert
 from chatglm_ov.config import load_config
-from chatglm_ov.conversion import available_ops
+from chatglm_ov.conversion import convert as conversion
+from chatglm_ov.conversion import finished_folder, graph
+from chatglm_ov.conversion.convert import available_ops
 from chatglm_ov.models.chatglm import EMBEDDING, LM_HEAD
-from chatglm_ov.runtime import load_model, weight_formats
+from chatglm_ov.runtime.loading import load_model, weight_formats
 
 # What is written
 
@@ -193,7 +195,7 @@ def test_old_folder_is_removed_when_the_new_one_stands(tmp_path: Path, monkeypat
 def test_failed_overwrite_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     to_int8(V2.checkpoint, tmp_path / "out")
     before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in listing(tmp_path / "out")}
-    monkeypatch.setattr(conversion, "write_ir", interrupted)
+    monkeypatch.setattr(graph, "write_ir", interrupted)
     with pytest.raises(KeyboardInterrupt):
         to_int8(V1.checkpoint, tmp_path / "out", overwrite=True)
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in listing(tmp_path / "out")} == before
@@ -201,14 +203,14 @@ def test_failed_overwrite_keeps_the_old_folder(tmp_path: Path, monkeypatch: pyte
 
 
 def test_of_two_conversions_the_faster_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    original = conversion.write_ir
+    original = graph.write_ir
 
     def overtaken(*args: Any) -> None:
-        monkeypatch.setattr(conversion, "write_ir", original)
+        monkeypatch.setattr(graph, "write_ir", original)
         convert(V1.checkpoint, tmp_path / "out", ("f32",), progress=False)
         original(*args)
 
-    monkeypatch.setattr(conversion, "write_ir", overtaken)
+    monkeypatch.setattr(graph, "write_ir", overtaken)
     with pytest.raises(ChatGLMError, match=r"output is not writable .*not empty"):
         to_int8(V2.checkpoint, tmp_path / "out")
     assert weight_formats(tmp_path / "out") == ["f32"]

@@ -19,10 +19,11 @@ from golden_sets import each_ops
 from lora_files import low_rank, write_lora
 from safetensors.numpy import save_file
 
-from chatglm_ov import ChatGLMError, conversion, convert
+from chatglm_ov import ChatGLMError, convert
 from chatglm_ov.config import read_config_json
-from chatglm_ov.conversion import available_ops
-from chatglm_ov.runtime import load_model, weight_formats
+from chatglm_ov.conversion import convert as conversion
+from chatglm_ov.conversion.convert import available_ops
+from chatglm_ov.runtime.loading import load_model, weight_formats
 
 
 def contents(folder: Path) -> dict[str, bytes]:

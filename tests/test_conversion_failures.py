@@ -16,8 +16,9 @@ import pytest
 from conversions import dead_process, interrupted, listing, names, plan_conversion, to_int8
 from golden_cases import V2, stored_weights, write_checkpoint
 
-from chatglm_ov import ChatGLMError, conversion, convert, finished_folder
+from chatglm_ov import ChatGLMError, convert
 from chatglm_ov.config import parse_config
+from chatglm_ov.conversion import finished_folder, graph
 from chatglm_ov.models import architecture
 from chatglm_ov.presets import config_json
 
@@ -194,7 +195,7 @@ def test_full_disk_is_told_and_nothing_is_left(vocab, wanted, tmp_path: Path):
 
 
 def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(conversion, "write_ir", interrupted)
+    monkeypatch.setattr(graph, "write_ir", interrupted)
     with pytest.raises(KeyboardInterrupt):
         to_int8(V2.checkpoint, tmp_path / "out")
     assert not names(tmp_path)
@@ -202,9 +203,10 @@ def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 KILLED = """
 import os, signal, sys
-from chatglm_ov import conversion
-conversion.write_ir = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-conversion.convert(sys.argv[1], sys.argv[2], ("int8",), progress=False)
+from chatglm_ov import convert
+from chatglm_ov.conversion import graph
+graph.write_ir = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+convert(sys.argv[1], sys.argv[2], ("int8",), progress=False)
 """
 
 

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from chatglm_ov import load_tokenizer
 from chatglm_ov.chat import chat_format_for
 from chatglm_ov.config import ChatGLMConfig
+from chatglm_ov.documents import Document, Source
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.evaluation import run
-from chatglm_ov.evaluation.documents import Document, Source
 from chatglm_ov.evaluation.run import Windows, evaluate
 from chatglm_ov.evaluation.scores import Scores, log_probabilities
 from chatglm_ov.evaluation.windows import scored_tokens, windows
-from chatglm_ov.runtime import CompiledModel
+from chatglm_ov.runtime.loading import CompiledModel
 
 # Documents
 

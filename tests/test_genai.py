@@ -15,7 +15,7 @@ from glm_models import EDGE, reference, saved
 from golden_cases import V1, V2
 
 from chatglm_ov import OVChatGLMForCausalLM, convert
-from chatglm_ov.last_rows import add_logits_to_keep
+from chatglm_ov.passes.last_rows import add_logits_to_keep
 from chatglm_ov.weights.choices import FormatChoices
 from chatglm_ov.weights.ir import IR_NAME
 

@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache
 
 from chatglm_ov import ChatGLMError
 from chatglm_ov.generation.cache import Session, StateCache
-from chatglm_ov.turns import Turns
+from chatglm_ov.runtime.turns import Turns
 
 pytestmark = pytest.mark.transformers_matrix
 

@@ -13,7 +13,8 @@ from golden_cases import V2, without_library
 from golden_sets import GOLDENS, model_inputs, open_either_model, open_model  # noqa: F401
 from transformers import DynamicCache, GenerationConfig
 
-from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert, kv_cache
+from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert
+from chatglm_ov.runtime import kv_cache
 
 pytestmark = pytest.mark.transformers_matrix
 

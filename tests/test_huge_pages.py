@@ -10,7 +10,7 @@ import openvino as ov
 import openvino.opset15 as ops
 import pytest
 
-from chatglm_ov.huge_pages import CACHED_BYTES, LEAST_BYTES, advise_huge_pages, small_page_share
+from chatglm_ov.system.huge_pages import CACHED_BYTES, LEAST_BYTES, advise_huge_pages, small_page_share
 
 linux = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no MADV_HUGEPAGE")
 

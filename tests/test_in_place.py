@@ -21,8 +21,10 @@ from golden_cases import (  # noqa: F401
     without_library,
 )
 
-from chatglm_ov import convert, in_place, runtime
-from chatglm_ov.runtime import CompiledModel, load_model
+from chatglm_ov import convert
+from chatglm_ov.passes import in_place
+from chatglm_ov.runtime import loading as runtime
+from chatglm_ov.runtime.loading import CompiledModel, load_model
 
 pytestmark = without_library
 

@@ -23,8 +23,8 @@ from golden_cases import (  # noqa: F401
 )
 
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.kv_cache import BLOCK_SLOTS, FIRST_SLOTS, LARGEST_STEP, BlockLayout, capacity
-from chatglm_ov.runtime import CompiledModel
+from chatglm_ov.runtime.kv_cache import BLOCK_SLOTS, FIRST_SLOTS, LARGEST_STEP, BlockLayout, capacity
+from chatglm_ov.runtime.loading import CompiledModel
 
 ELEMENTS = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "int8": np.int8}
 each_element_type = pytest.mark.parametrize("element_type", ELEMENTS)

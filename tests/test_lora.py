@@ -23,10 +23,10 @@ from lora_files import PREFIX, low_rank, write_lora
 from torch.nn.functional import embedding, linear
 
 from chatglm_ov import ChatGLMError, convert
-from chatglm_ov.checkpoint import Checkpoint, Rows, Tensor
+from chatglm_ov.checkpoint.lora import with_lora
+from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor
 from chatglm_ov.config import load_config
-from chatglm_ov.lora import with_lora
-from chatglm_ov.runtime import load_model
+from chatglm_ov.runtime.loading import load_model
 
 Tensors = dict[str, torch.Tensor]
 

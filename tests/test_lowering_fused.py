@@ -30,10 +30,11 @@ from golden_cases import (  # noqa: F401
 )
 from golden_sets import Golden, rounds_to_bf16
 
-from chatglm_ov import convert, runtime
+from chatglm_ov import convert
 from chatglm_ov.config import load_config
 from chatglm_ov.models import chatglm2
-from chatglm_ov.runtime import CompiledModel
+from chatglm_ov.runtime import loading as runtime
+from chatglm_ov.runtime.loading import CompiledModel
 
 pytestmark = without_library
 formats = pytest.mark.parametrize("weight_format", ["f32", "bf16", "int8", "int4"])

@@ -27,7 +27,7 @@ from stored_formats import stored_format
 
 from chatglm_ov.config import load_config
 from chatglm_ov.models import architecture, chatglm2
-from chatglm_ov.runtime import CompiledModel
+from chatglm_ov.runtime.loading import CompiledModel
 
 WEIGHT_TYPE = {"f32": "f32", "bf16": "bf16", "int8": "i8", "int4": "u4"}
 formats = pytest.mark.parametrize("weight_format", WEIGHT_TYPE)

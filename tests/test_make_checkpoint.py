@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.config import load_config
-from chatglm_ov.memory import growth
 from chatglm_ov.models import architecture
 from chatglm_ov.presets import PRESETS
+from chatglm_ov.system.memory import growth
 
 TOOL = Path(__file__).parent.parent / "tools" / "make_checkpoint.py"
 FORMATS = ["safetensors", "bin"]

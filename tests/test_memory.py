@@ -19,9 +19,9 @@ from chatglm_ov import OVChatGLMForCausalLM, convert
 from chatglm_ov.calibration.moments import InputMoments
 from chatglm_ov.calibration.rounding import Compensation
 from chatglm_ov.config import parse_config
-from chatglm_ov.memory import give_back, growth, memory
 from chatglm_ov.models import architecture
 from chatglm_ov.presets import config_json
+from chatglm_ov.system.memory import give_back, growth, memory
 from chatglm_ov.weights.store import BLOCK_BYTES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mapped files are told apart on Linux")

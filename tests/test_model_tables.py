@@ -11,8 +11,8 @@ from golden_sets import without_library
 
 from chatglm_ov.bench.models import Source, converted
 from chatglm_ov.bench.work import weight_bytes
-from chatglm_ov.ir_reading import read_ir
 from chatglm_ov.presets import PRESETS, config_json
+from chatglm_ov.runtime.ir_reading import read_ir
 from chatglm_ov.weights.ir import IR_NAME
 
 sys.path.insert(0, str(TOOLS))

@@ -16,10 +16,10 @@ from golden_sets import rounds_to_bf16
 from safetensors.torch import load_file, save_file
 
 from chatglm_ov import OVChatGLMForCausalLM, convert
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.model_weights import model_weights
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.config import parse_config
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.model_weights import model_weights
 from chatglm_ov.models import graph_shapes
 from chatglm_ov.presets import config_json
 

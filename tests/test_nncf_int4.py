@@ -9,8 +9,8 @@ import pytest
 
 from chatglm_ov import convert
 from chatglm_ov.cli.demo import CHECKPOINT
-from chatglm_ov.ir_reading import core, read_ir
-from chatglm_ov.runtime import load_model
+from chatglm_ov.runtime.ir_reading import core, read_ir
+from chatglm_ov.runtime.loading import load_model
 from chatglm_ov.weights.ir import IR_NAME
 
 

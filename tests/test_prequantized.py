@@ -23,16 +23,16 @@ from safetensors.numpy import save_file
 from unpacked import check_same
 
 from chatglm_ov import convert
+from chatglm_ov.checkpoint.model_weights import model_weights
+from chatglm_ov.checkpoint.prequantized import open_checkpoint
 from chatglm_ov.cli.parts import weight_parts
 from chatglm_ov.config import parse_config, read_config_json
-from chatglm_ov.ir_reading import read_ir
-from chatglm_ov.model_weights import model_weights
+from chatglm_ov.conversion.plan import make_plan
 from chatglm_ov.models import architecture
 from chatglm_ov.native import native
-from chatglm_ov.plan import make_plan
-from chatglm_ov.prequantized import open_checkpoint
 from chatglm_ov.presets import config_json
-from chatglm_ov.runtime import load_model
+from chatglm_ov.runtime.ir_reading import read_ir
+from chatglm_ov.runtime.loading import load_model
 from chatglm_ov.weights.choices import FormatChoices
 from chatglm_ov.weights.formats import FORMATS, int4_format
 

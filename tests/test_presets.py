@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from chatglm_ov.checkpoint.random_weights import RandomTensor, stored_tensors
 from chatglm_ov.config import parse_config
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.presets import PRESETS, config_json
-from chatglm_ov.random_weights import RandomTensor, stored_tensors
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ import torch
 from command_line import Run, run  # noqa: F401
 from golden_cases import V2
 
-from chatglm_ov import convert, processors
+from chatglm_ov import convert
 from chatglm_ov.calibration import run as calibration_run
 from chatglm_ov.calibration.needs import calibrated_weights
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.config import load_config
-from chatglm_ov.processors import THREADS, processor_quota, thread_limit
-from chatglm_ov.runtime import load_model
+from chatglm_ov.runtime.loading import load_model
+from chatglm_ov.system import processors
+from chatglm_ov.system.processors import THREADS, processor_quota, thread_limit
 from chatglm_ov.weights.choices import DEFAULT_CHOICES
 
 CORE = ov.Core()

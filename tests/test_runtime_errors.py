@@ -30,7 +30,7 @@ from golden_cases import (  # noqa: F401
 
 from chatglm_ov import ChatGLMError, convert
 from chatglm_ov.native import native, unavailable
-from chatglm_ov.runtime import CompiledModel, Request, default_weight_format, load_model, weight_formats
+from chatglm_ov.runtime.loading import CompiledModel, Request, default_weight_format, load_model, weight_formats
 
 
 def present_levels() -> list[str]:
@@ -343,7 +343,7 @@ def in_another_process(script: str, *arguments: object, **environment: str) -> O
 LOAD = """
 import sys
 from chatglm_ov import ChatGLMError
-from chatglm_ov.runtime import load_model
+from chatglm_ov.runtime.loading import load_model
 try:
     print(load_model(sys.argv[1]).ops)
 except ChatGLMError as error:
@@ -353,7 +353,7 @@ READ = """
 import sys
 from pathlib import Path
 from chatglm_ov import ChatGLMError
-from chatglm_ov.ir_reading import read_ir
+from chatglm_ov.runtime.ir_reading import read_ir
 try:
     read_ir(next(Path(sys.argv[1]).glob("*/openvino_model.xml")))
 except ChatGLMError as error:
@@ -362,7 +362,7 @@ except ChatGLMError as error:
 CONVERT = """
 import sys
 from chatglm_ov import convert
-from chatglm_ov.runtime import load_model
+from chatglm_ov.runtime.loading import load_model
 convert(sys.argv[1], sys.argv[2], ("int8", "bf16"), progress=False)
 print(load_model(sys.argv[2]).ops)
 """
@@ -427,7 +427,7 @@ def test_an_operation_that_fails_is_told_with_any_number_of_threads(whole_fused_
 LOCALE = """
 import locale, sys
 import numpy as np
-from chatglm_ov.runtime import load_model
+from chatglm_ov.runtime.loading import load_model
 
 if sys.argv[2]:
     locale.setlocale(locale.LC_ALL, sys.argv[2])

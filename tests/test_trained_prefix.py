@@ -20,11 +20,11 @@ from transformers import DynamicCache
 from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert
 from chatglm_ov.calibration import run
 from chatglm_ov.calibration.text import Calibration
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.generation.cache import CACHE_NAME
-from chatglm_ov.kv_cache import BlockLayout
 from chatglm_ov.models.chatglm import RESIDUAL_SCALE
 from chatglm_ov.presets import config_json
+from chatglm_ov.runtime.kv_cache import BlockLayout
 
 P = 5
 FORMATS = ("alone", "with a projection", "in the checkpoint")
@@ -266,7 +266,7 @@ def test_what_goes_through_the_cache_is_not_scaled_beside_a_prefix(tmp_path, mon
         return torch.ones(weight.shape[1])
 
     monkeypatch.setattr(run, "column_scales", ones)
-    monkeypatch.setattr("chatglm_ov.conversion._sequences", lambda *_: [np.arange(2, 40)])
+    monkeypatch.setattr("chatglm_ov.conversion.convert._sequences", lambda *_: [np.arange(2, 40)])
     checkpoint, _ = chatglm2_checkpoint(tmp_path / "checkpoint")
     calibration = Calibration(("awq",), tokens=512)
     for name, count in (("plain", 8), ("tuned", 6)):

@@ -17,7 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM
 from chatglm_ov.generation.stream import stream_tokens
-from chatglm_ov.turns import Helper, Turns
+from chatglm_ov.runtime.turns import Helper, Turns
 
 pytestmark = pytest.mark.transformers_matrix
 

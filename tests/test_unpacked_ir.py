@@ -22,10 +22,11 @@ from golden_cases import V2, each_small, own_prompt
 from golden_sets import here, without_library
 from unpacked import REASON, check_same
 
-from chatglm_ov import ChatGLMError, convert, finished_folder
-from chatglm_ov.finished_folder import psutil
+from chatglm_ov import ChatGLMError, convert
+from chatglm_ov.conversion import finished_folder
+from chatglm_ov.conversion.finished_folder import psutil
 from chatglm_ov.native import native
-from chatglm_ov.runtime import load_model
+from chatglm_ov.runtime.loading import load_model
 from chatglm_ov.weights import store
 from chatglm_ov.weights.choices import FormatChoices
 from chatglm_ov.weights.paged_file import PagedFile
@@ -45,7 +46,7 @@ IDS = np.array([[5, 6, 7, 8, 9, 10, 11]])
 
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chatglm_ov.ir_reading.unavailable", lambda: REASON)
+    monkeypatch.setattr("chatglm_ov.runtime.ir_reading.unavailable", lambda: REASON)
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def in_a_process_without(*command: object, **environment: object) -> Outcome:
 LOAD = """
 import sys
 import numpy as np
-from chatglm_ov.runtime import load_model
+from chatglm_ov.runtime.loading import load_model
 model = load_model(sys.argv[1], "int8", activation_bits=int(sys.argv[2]))
 ids = np.arange(5, 12)[None]
 logits = [model.create_request().infer(ids, np.ones_like(ids), ids - 5, np.zeros(1)) for _ in range(2)]

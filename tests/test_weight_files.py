@@ -12,9 +12,9 @@ import pytest
 import torch
 from checkpoint_files import LFS_POINTER, assert_told, both_kinds, save, tensors
 
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.files import open_weight_file
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.weight_files import open_weight_file
 
 
 def refuses(file: Path, *words: str) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stored_formats import stored_format
 
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.config import load_config
 from chatglm_ov.lowering.stock import StockLowering
 from chatglm_ov.models import architecture

@@ -8,9 +8,9 @@ from typing import Any
 import openvino as ov
 
 from chatglm_ov import convert
-from chatglm_ov.ir_reading import read_ir
-from chatglm_ov.runtime import load_model
-from chatglm_ov.unpacked_ir import unpacked_ir
+from chatglm_ov.runtime.ir_reading import read_ir
+from chatglm_ov.runtime.loading import load_model
+from chatglm_ov.runtime.unpacked_ir import unpacked_ir
 from chatglm_ov.weights.ir import IR_NAME
 
 REASON = "it was left at home"

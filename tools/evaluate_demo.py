@@ -24,7 +24,7 @@ from tqdm import tqdm
 from chatglm_ov import OVChatGLMForCausalLM, load_tokenizer
 from chatglm_ov.cli.options import WEIGHT_FORMATS
 from chatglm_ov.cli.program import Parser, execute
-from chatglm_ov.runtime import weight_formats
+from chatglm_ov.runtime.loading import weight_formats
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -42,10 +42,10 @@ from chatglm_ov.bench.measure import Tokens
 from chatglm_ov.bench.models import converted, from_preset
 from chatglm_ov.calibration.text import POEMS
 from chatglm_ov.cli.demo import CHECKPOINT
-from chatglm_ov.conversion import available_ops
+from chatglm_ov.conversion.convert import available_ops
 from chatglm_ov.generation import mixin
-from chatglm_ov.memory import growth
-from chatglm_ov.sizes import size
+from chatglm_ov.system.memory import growth
+from chatglm_ov.system.sizes import size
 
 PROGRAM = Path(__file__).read_text(encoding="utf-8")
 

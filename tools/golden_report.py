@@ -25,9 +25,9 @@ from rich.progress import track
 from rich.table import Table
 
 from chatglm_ov import convert
-from chatglm_ov.conversion import available_ops
-from chatglm_ov.conversion_checks import OPS
-from chatglm_ov.runtime import CompiledModel, load_model
+from chatglm_ov.conversion.checks import OPS
+from chatglm_ov.conversion.convert import available_ops
+from chatglm_ov.runtime.loading import CompiledModel, load_model
 from chatglm_ov.weights.formats import FORMATS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from chatglm_ov.checkpoint.files import FLOATS
+from chatglm_ov.checkpoint.random_weights import RandomTensor, stored_tensors
+from chatglm_ov.conversion.finished_folder import check_disk, finished_or_nothing
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.finished_folder import check_disk, finished_or_nothing
 from chatglm_ov.presets import PRESETS, config_json
-from chatglm_ov.random_weights import RandomTensor, stored_tensors
-from chatglm_ov.weight_files import FLOATS
 
 SAFETENSORS_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 STEMS = {"safetensors": "model", "bin": "pytorch_model"}

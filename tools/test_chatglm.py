@@ -33,8 +33,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from chatglm_ov.cli.answer import ask, open_model
-    from chatglm_ov.memory import memory
-    from chatglm_ov.sizes import size
+    from chatglm_ov.system.memory import memory
+    from chatglm_ov.system.sizes import size
 
     answer_to = ask
     if arguments.use == "torch":

@@ -21,13 +21,13 @@ from chatglm_ov.bench.limits import Limits
 from chatglm_ov.bench.work import weight_bytes
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.huge_pages import small_page_share
-from chatglm_ov.ir_reading import read_ir
-from chatglm_ov.memory import give_back, memory
 from chatglm_ov.models import architecture
 from chatglm_ov.native import unavailable
-from chatglm_ov.processors import THREADS
-from chatglm_ov.runtime import CompiledModel, Request, load_model
+from chatglm_ov.runtime.ir_reading import read_ir
+from chatglm_ov.runtime.loading import CompiledModel, Request, load_model
+from chatglm_ov.system.huge_pages import small_page_share
+from chatglm_ov.system.memory import give_back, memory
+from chatglm_ov.system.processors import THREADS
 from chatglm_ov.weights.ir import IR_NAME, WEIGHTS_NAME
 
 WARM_STEPS = 2
@@ -110,8 +110,8 @@ class Variant:
 
 @dataclass
 class Times:
-    """Of one case, by round: seconds of the whole prompt and of each step, and the read bandwidth beside each step, the
-    mean of what it was before and after it and its neighbours; no rounds where it cannot be measured."""
+    """Times of one case, by round: seconds of the whole prompt and of each step, and the read bandwidth beside each
+    step, the mean of what it was before and after it and its neighbours; no rounds where it cannot be measured."""
 
     prompt: list[float] = field(default_factory=list)
     steps: list[list[float]] = field(default_factory=list)

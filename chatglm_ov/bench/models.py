@@ -15,18 +15,18 @@ import psutil
 from tqdm import tqdm
 
 from chatglm_ov.bench.weights import RandomWeights
-from chatglm_ov.checkpoint import Checkpoint
-from chatglm_ov.checkpoint_config import checkpoint_fields
+from chatglm_ov.checkpoint.fields import checkpoint_fields
+from chatglm_ov.checkpoint.model_weights import model_weights
+from chatglm_ov.checkpoint.prequantized import open_checkpoint
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
-from chatglm_ov.conversion import convert_weights
-from chatglm_ov.converted_config import is_converted
+from chatglm_ov.conversion.convert import convert_weights
+from chatglm_ov.conversion.converted_config import is_converted
+from chatglm_ov.conversion.plan import Plan, make_plan
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.model_weights import model_weights
-from chatglm_ov.plan import Plan, make_plan
-from chatglm_ov.prequantized import open_checkpoint
 from chatglm_ov.presets import config_json, layers_field
-from chatglm_ov.runtime import weight_formats
-from chatglm_ov.sizes import size
+from chatglm_ov.runtime.loading import weight_formats
+from chatglm_ov.system.sizes import size
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
 
 DEFAULT_FORMATS = ("bf16", "int8", "int4")
@@ -49,7 +49,7 @@ class Source:
 
     @property
     def weight_formats(self) -> tuple[str, ...]:
-        """Those that are measured without a choice."""
+        """The formats that are measured where none is chosen."""
         return DEFAULT_FORMATS if self.ops is None else tuple(weight_formats(self.folder or self.name))
 
     def weights(self) -> Checkpoint:

@@ -41,7 +41,7 @@ def format_report(
     left_out: Sequence[str],
     isa: str | None = None,
 ) -> dict[str, Any]:
-    """Of one weight format: limits, models, and how they compare with the stock lowering that was run beside them.
+    """Figures of one weight format: limits, models, and how these compare with the stock lowering beside them.
     isa: the level of our kernels."""
     known = {name: summary(values) for name, values in limits.samples.items() if values}
     medians = {name: values["median"] for name, values in known.items()}

@@ -15,9 +15,9 @@ from chatglm_ov.bench.models import Source, check_disk, converted
 from chatglm_ov.bench.report import format_report
 from chatglm_ov.bench.work import cache_bytes
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.memory import available
 from chatglm_ov.native import native, unavailable
-from chatglm_ov.sizes import size
+from chatglm_ov.system.memory import available
+from chatglm_ov.system.sizes import size
 from chatglm_ov.weights.ir import WEIGHTS_NAME
 
 HINTS = ("bf16", "f32")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from chatglm_ov.sizes import size
+from chatglm_ov.system.sizes import size
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 NONE = "-"

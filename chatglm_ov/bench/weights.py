@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from chatglm_ov.checkpoint import Checkpoint, FileTensor
+from chatglm_ov.checkpoint.random_weights import RandomTensor, stored_tensors
+from chatglm_ov.checkpoint.reader import Checkpoint, FileTensor
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.random_weights import RandomTensor, stored_tensors
 
 POOL = 1 << 24
 """Numbers in a pool: 64 MB."""
@@ -25,7 +25,7 @@ POOL = 1 << 24
 
 class RandomWeights(Checkpoint):
     """A checkpoint of the config.json `fields` without files. Tensors have the means and deviations of
-    `chatglm_ov.random_weights`; equal seeds, equal values."""
+    `chatglm_ov.checkpoint.random_weights`; equal seeds, equal values."""
 
     def __init__(self, fields: dict[str, Any], seed: int = 0):
         super().__init__(Path("random weights"), {})

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.lowering import Activation, AttentionShape, Rotary
 from chatglm_ov.lowering.stock import StockLowering
 from chatglm_ov.models import architecture
-from chatglm_ov.processors import thread_limit
+from chatglm_ov.system.processors import thread_limit
 
 CHUNK = 1024
 """Tokens of one inference of a word that looks at each token alone."""

@@ -21,7 +21,7 @@ class InputMoments:
 
     @classmethod
     def of(cls, x: np.ndarray) -> InputMoments:
-        """Of float32 [T, K]."""
+        """The moments of `x`, float32 [T, K]."""
         values = torch.from_numpy(x)
         second = torch.empty(x.shape[1], x.shape[1])
         for start in range(0, len(second), STRIPE):

@@ -46,7 +46,7 @@ def _linear_formats(config: ArchitectureConfig, choices: FormatChoices, model: s
 
 
 def disk_bytes(config: ArchitectureConfig, chosen: Mapping[str, Mapping[str, WeightFormat]]) -> int:
-    """Of the files of what is chosen, which are there until the models are written."""
+    """Bytes of the files with what is chosen, which are there until the models are written."""
     shapes = graph_shapes(config)
     return sum(fmt.nbytes(shapes[name]) for formats in chosen.values() for name, fmt in formats.items())
 

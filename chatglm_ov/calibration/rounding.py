@@ -59,7 +59,7 @@ class Grid:
 
     @classmethod
     def over(cls, groups: Tensor, share: float = 1.0) -> Grid:
-        """Of a share of each group's range, stretched to hold 0."""
+        """The grid over a share of each group's range, stretched to hold 0."""
         low = groups.amin(-1, keepdim=True).mul_(share).clamp_(max=0)
         high = groups.amax(-1, keepdim=True).mul_(share).clamp_(min=0)
         levels = LEVELS["int4"]
@@ -69,7 +69,7 @@ class Grid:
 
     @classmethod
     def symmetric(cls, groups: Tensor, share: float = 1.0) -> Grid:
-        """Of a share of the largest magnitude of each group, for int8."""
+        """The int8 grid over a share of the largest magnitude of each group."""
         middle = LEVELS["int8"] // 2
         scale = groups.abs().amax(-1, keepdim=True) * (share / middle)
         scale[scale < SMALLEST_SCALE] = 1
@@ -77,7 +77,7 @@ class Grid:
 
     @classmethod
     def joined(cls, grids: Sequence[Grid]) -> Grid:
-        """Of the rows of all of them."""
+        """One grid with the rows of all of these."""
         zero_point, scale = (torch.cat([getattr(grid, part) for grid in grids]) for part in ("zero_point", "scale"))
         return cls(zero_point, scale, grids[0].levels)
 

@@ -20,13 +20,13 @@ from chatglm_ov.calibration.moments import InputMoments
 from chatglm_ov.calibration.needs import INT8_ROWS
 from chatglm_ov.calibration.rounding import LEVELS, ROWS, Compensation, Grid, clipped, grouped
 from chatglm_ov.calibration.scaling import column_scales
-from chatglm_ov.checkpoint import Checkpoint, Rows, Tensor
+from chatglm_ov.checkpoint.files import open_weight_file, save_safetensors
+from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
 from chatglm_ov.models.folds import Fold
-from chatglm_ov.processors import quota_threads
-from chatglm_ov.weight_files import open_weight_file, save_safetensors
+from chatglm_ov.system.processors import quota_threads
 from chatglm_ov.weights.formats import WeightFormat, pack_u4, unpack_u4
 from chatglm_ov.weights.quantized import Parts, QuantizedTensor
 from chatglm_ov.weights.store import checked
@@ -72,7 +72,7 @@ def calibrate(
 
 @contextmanager
 def _threads_in_quota() -> Iterator[None]:
-    """Those of torch, which wait for each other."""
+    """torch with no more threads than the quota gives it: they wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(before, quota_threads() or before))
     try:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from chatglm_ov.config import ArchitectureConfig
+from chatglm_ov.documents import Source
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.evaluation.documents import Source
 
 METHODS = ("awq", "gptq")
 POEMS = Source(Path(__file__).parent.parent / "demo" / "calibration.jsonl.xz", prompt="请背诵{author}的《{title}》。")

@@ -67,7 +67,7 @@ class ChatFormat(ABC):
 
     @abstractmethod
     def continued_ids(self, tokenizer: Any, messages: Sequence[Message], tools: Any = None) -> list[int]:
-        """The same as ids."""
+        """The conversation as ids up to the end of its last message, see `continued_text`."""
 
     @abstractmethod
     def build_inputs(
@@ -89,8 +89,8 @@ class ChatFormat(ABC):
         """Where in the history its rounds begin: a question and what came of it. A system message stands before."""
 
     def split(self, text: str) -> tuple[str, str]:
-        """Of an output, finished or not: what stands before the answer, and the answer with its own characters. What
-        ends an answer by its text is looked for in the second."""
+        """(what stands before the answer, the answer with its own characters) of an output, finished or not. Texts that
+        end an answer are looked for in the second."""
         answer = text.lstrip()
         return text[: len(text) - len(answer)], answer
 

@@ -30,7 +30,7 @@ class GLMFormat(GLM4Format):
             self.defaults = ChatDefaults(max_length=32768, top_p=0.95, temperature=0.6)
 
     def stop_token_ids(self, tokenizer: Any) -> list[int]:
-        """Those that the vocabulary has: their ids differ from model to model."""
+        """Ids of the end tokens that the vocabulary has: they differ from model to model."""
         found = [token_id(tokenizer, name) for name in ("<|endoftext|>", *ROLE_STOPS)]
         return list(dict.fromkeys(i for i in (*found, tokenizer.eos_token_id) if i is not None))
 

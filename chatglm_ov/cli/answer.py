@@ -24,7 +24,7 @@ from chatglm_ov.generation.stop_strings import StopStrings
 from chatglm_ov.generation.timing import Stopwatch, Timing
 from chatglm_ov.modeling import OVChatGLMForCausalLM
 from chatglm_ov.native import native, unavailable
-from chatglm_ov.processors import THREADS
+from chatglm_ov.system.processors import THREADS
 from chatglm_ov.tokenizer import TextStream, load_tokenizer
 
 DEFAULT_NEW_TOKENS = 512
@@ -85,7 +85,7 @@ def beginning(tokenizer: Any, system: str | None) -> list[dict[str, str]]:
 
 
 def default_new_tokens(tokenizer: Any) -> int:
-    """Of an answer. A format that has room for more than the others thinks before it answers: all of that room."""
+    """The most tokens of an answer. A format with more room than the others thinks before it answers: it gets all."""
     length = chat_format_for(tokenizer).defaults.max_length
     return length if length > _USUAL_LENGTH else DEFAULT_NEW_TOKENS
 

@@ -131,7 +131,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
 
 
 def _ops(arguments: argparse.Namespace, source: Source) -> str:
-    from chatglm_ov.conversion import available_ops
+    from chatglm_ov.conversion.convert import available_ops
     from chatglm_ov.native import native
 
     if source.ops is not None:

@@ -133,8 +133,8 @@ class Conversation:
             print(f"[{cut}]", file=sys.stderr, flush=True)
 
     def _leave_out_rounds(self, query: str, answer: int) -> None:
-        """Of a conversation that is too long for the model, or, where that has no limit, for the original's chat: there
-        is to be room for an answer of so many tokens, or of a quarter of all."""
+        """Drop the oldest rounds of a conversation that is too long for the model, or, where that has no limit, for the
+        original's chat: there is to be room for an answer of so many tokens, or of a quarter of all."""
         from chatglm_ov.chat import chat_format_for
         from chatglm_ov.chat.shortening import shortened
 

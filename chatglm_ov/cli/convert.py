@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from chatglm_ov.conversion_checks import check_apart
+    from chatglm_ov.conversion.checks import check_apart
 
     calibration, formats = _calibration(arguments), arguments.weight_format
     if formats is None:
@@ -125,8 +125,8 @@ _rope_scaling.__name__ = "TYPE:FACTOR"
 
 def default_formats(checkpoint: Path) -> Sequence[str]:
     """That of a checkpoint which is quantized already, else DEFAULT_FORMATS."""
+    from chatglm_ov.checkpoint.prequantized import quantized_format
     from chatglm_ov.config import read_config_json
-    from chatglm_ov.prequantized import quantized_format
 
     own = quantized_format(checkpoint, read_config_json(checkpoint))
     return DEFAULT_FORMATS if own is None else (own,)
@@ -154,7 +154,7 @@ def _calibration(arguments: argparse.Namespace) -> Calibration | None:
             raise ChatGLMError(f"--calibration-{name}", "value", repr(given[name]), "--calibration, --awq or --gptq")
         return None
     from chatglm_ov.calibration.text import METHODS, Calibration
-    from chatglm_ov.evaluation.documents import Source
+    from chatglm_ov.documents import Source
 
     options: dict[str, Any] = {"methods": methods or METHODS}
     if "tokens" in given:
@@ -171,9 +171,9 @@ def convert_with_report(
 ) -> None:
     """`chatglm_ov.convert`, with the plan told before and the sizes after it; `called` stands for `output` there."""
     from chatglm_ov.cli.tables import print_table
-    from chatglm_ov.conversion import convert
-    from chatglm_ov.runtime import weight_formats as formats_in
-    from chatglm_ov.sizes import size
+    from chatglm_ov.conversion.convert import convert
+    from chatglm_ov.runtime.loading import weight_formats as formats_in
+    from chatglm_ov.system.sizes import size
     from chatglm_ov.tokenizer.files import FAST_FILE, MODEL_FILE, V1_FILE
 
     called = called or str(output)

@@ -26,7 +26,7 @@ from chatglm_ov.errors import ChatGLMError
 
 if TYPE_CHECKING:
     from chatglm_ov.evaluation.run import Windows
-    from chatglm_ov.runtime import CompiledModel
+    from chatglm_ov.runtime.loading import CompiledModel
 
 SUMMARY = "perplexity of a text, and agreement with a reference"
 REFERENCES = ("f32", "bf16")
@@ -80,10 +80,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> dict[str, Any]:
-    from chatglm_ov.evaluation.documents import Source
+    from chatglm_ov.documents import Source
     from chatglm_ov.evaluation.run import Windows
     from chatglm_ov.evaluation.windows import scored_tokens
-    from chatglm_ov.runtime import weight_formats
+    from chatglm_ov.runtime.loading import weight_formats
     from chatglm_ov.tokenizer import load_tokenizer
 
     source = Source(arguments.data, arguments.field, arguments.prompt, arguments.limit)
@@ -117,7 +117,7 @@ def _reference(arguments: argparse.Namespace) -> dict[str, str] | None:
         if arguments.reference_format is None:
             return None
         return {"folder": str(arguments.folder), "weight_format": arguments.reference_format}
-    from chatglm_ov.runtime import default_weight_format, weight_formats
+    from chatglm_ov.runtime.loading import default_weight_format, weight_formats
 
     there = weight_formats(arguments.reference)
     chosen = next((name for name in REFERENCES if name in there), None) or default_weight_format(arguments.reference)
@@ -128,7 +128,7 @@ def _models(
     arguments: argparse.Namespace, formats: list[str], reference: dict[str, str] | None, texts: Windows
 ) -> Iterator[dict[str, Any]]:
     """The reference's own figures first, then those of each format."""
-    from chatglm_ov.runtime import load_model
+    from chatglm_ov.runtime.loading import load_model
 
     beside: CompiledModel | None = None
     base: dict[str, Any] | None = None

@@ -9,20 +9,20 @@ from typing import Any
 
 import openvino as ov
 
-from chatglm_ov.checkpoint_config import checkpoint_fields
+from chatglm_ov.checkpoint.fields import checkpoint_fields
+from chatglm_ov.checkpoint.model_weights import model_weights
+from chatglm_ov.checkpoint.prequantized import open_checkpoint
 from chatglm_ov.cli.machine import kernel_in_use
 from chatglm_ov.cli.parts import weight_parts
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
-from chatglm_ov.converted_config import is_converted
-from chatglm_ov.ir_reading import described_ir, read_ir, why_unpacked
-from chatglm_ov.model_weights import model_weights
+from chatglm_ov.conversion.converted_config import is_converted
+from chatglm_ov.conversion.plan import make_plan
 from chatglm_ov.models import architecture
 from chatglm_ov.native import native, unavailable
-from chatglm_ov.plan import make_plan
-from chatglm_ov.prequantized import open_checkpoint
 from chatglm_ov.presets import PRESETS, config_json
-from chatglm_ov.processors import THREADS
-from chatglm_ov.runtime import Settings, default_weight_format, load_model, weight_formats
+from chatglm_ov.runtime.ir_reading import described_ir, read_ir, why_unpacked
+from chatglm_ov.runtime.loading import Settings, default_weight_format, load_model, weight_formats
+from chatglm_ov.system.processors import THREADS
 from chatglm_ov.tokenizer import detect_family
 from chatglm_ov.tokenizer.files import FAST_FILE, MODEL_FILE, V1_FILE
 from chatglm_ov.weights.formats import FORMATS
@@ -143,7 +143,7 @@ def _ir(xml: Path, config: ArchitectureConfig) -> dict[str, Any]:
 
 
 def _unknown_ir(xml: Path) -> dict[str, Any]:
-    """The same of a graph that OpenVINO does not read here: what its weights are is left out."""
+    """What `_ir` tells, of a graph that OpenVINO does not read here; what its weights are is left out."""
     described, layers = described_ir(xml), GraphFile(xml).layers.values()
     types = Counter("Constant" if layer.kind == "Const" else layer.kind for layer in layers)
     return {

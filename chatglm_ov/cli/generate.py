@@ -76,7 +76,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _prompts(arguments: argparse.Namespace) -> Iterator[str]:
-    """Those of the command line, then those of files. The end of the last line is no part of a prompt."""
+    """The prompts of the command line, then those of files. The end of the last line is no part of a prompt."""
     if not arguments.prompt and not arguments.prompt_file:
         raise ChatGLMError("generate", "prompt", "missing", "--prompt TEXT or --prompt-file FILE")
     for text in arguments.prompt:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chatglm_ov.sizes import size
+from chatglm_ov.system.sizes import size
 
 SUMMARY = "describe a checkpoint or converted folder, and this machine"
 FAMILIES = {"chatglm": "ChatGLM", "chatglm2": "ChatGLM2", "chatglm3": "ChatGLM3", "glm4": "GLM-4"}

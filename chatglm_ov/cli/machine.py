@@ -12,10 +12,10 @@ import numpy as np
 import openvino as ov
 import psutil
 
-from chatglm_ov.ir_reading import core
-from chatglm_ov.memory import available
 from chatglm_ov.native import library_path, native, unavailable
-from chatglm_ov.processors import THREADS, processor_quota, thread_limit
+from chatglm_ov.runtime.ir_reading import core
+from chatglm_ov.system.memory import available
+from chatglm_ov.system.processors import THREADS, processor_quota, thread_limit
 
 ISA_FLAGS = {
     "AVX2": ("avx2", "fma"),

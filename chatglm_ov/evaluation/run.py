@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from chatglm_ov.documents import Document
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.evaluation.documents import Document
 from chatglm_ov.evaluation.scores import Scores, log_probabilities
 from chatglm_ov.evaluation.windows import Window, check_room, windows
 from chatglm_ov.models import architecture
-from chatglm_ov.request import Request
-from chatglm_ov.runtime import CompiledModel
+from chatglm_ov.runtime.loading import CompiledModel
+from chatglm_ov.runtime.request import Request
 
 CHUNK = 64
 """Tokens of a call: their logits in float64 are 33 MB for 65024 rows."""

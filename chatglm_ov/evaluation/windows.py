@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from chatglm_ov.documents import Document
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.evaluation.documents import Document
 
 
 @dataclass(frozen=True)

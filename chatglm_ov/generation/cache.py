@@ -50,7 +50,7 @@ class Columns:
 
     @classmethod
     def none(cls, rows: int, prefix: np.ndarray | None) -> Columns:
-        """Of so many rows that have nothing in the cache."""
+        """The columns of `rows` sequences that have nothing in the cache yet."""
         ids = np.zeros((rows, 0), dtype=np.int64)
         positions = ids if prefix is None else np.zeros((rows, 2, 0), dtype=np.int64)
         return cls(ids, ids == 0, positions, np.arange(rows, dtype=np.int32), prefix)

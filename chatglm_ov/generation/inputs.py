@@ -189,7 +189,7 @@ def next_positions(last: np.ndarray, count: int) -> np.ndarray:
 
 
 def _positions_behind(last: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """The same of columns `keep` [B, n], where padding takes no position."""
+    """Positions as `next_positions` gives them, of columns `keep` [B, n] (False: padding), where padding takes none."""
     step = keep.cumsum(axis=1, dtype=np.int64)
     if last.ndim == 1:
         return last[:, None] + step

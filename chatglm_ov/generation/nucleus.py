@@ -38,7 +38,7 @@ class Nucleus(TopPLogitsWarper):
 
 
 def without_sorting(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """The same processors, those of top-p as `Nucleus`."""
+    """`processors` with `Nucleus` in the place of those of top-p."""
     return LogitsProcessorList(
         Nucleus(each.top_p, each.filter_value, each.min_tokens_to_keep) if type(each) is TopPLogitsWarper else each
         for each in processors

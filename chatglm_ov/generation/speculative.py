@@ -26,7 +26,7 @@ ASSISTANT_TOKENS, ASSISTANT_CONFIDENCE = 20, 0.4
 
 @dataclass
 class Speculation:
-    """Of one call of generate(): calls of the model, tokens that were guessed, and how many of them were right."""
+    """Counts of one call of generate(): calls of the model, tokens that were guessed, guesses that were right."""
 
     calls: int = 0
     guessed: int = 0

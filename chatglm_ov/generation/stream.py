@@ -12,7 +12,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.turns import Helper
+from chatglm_ov.runtime.turns import Helper
 
 
 class _Closed(Exception):

@@ -12,7 +12,7 @@ from transformers import StoppingCriteria
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one answer. tokens: generated ones, the end token included. Times in seconds."""
+    """How long one answer took. tokens: generated ones, the end token included. Times in seconds."""
 
     tokens: int
     first: float
@@ -27,7 +27,7 @@ class Timing:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the tokens after the first, so that the length of the prompt does not count; of the first if alone."""
+        """Speed of the tokens after the first, so that the prompt does not count; of the first if it is alone."""
         return 1 / (self.following or self.first)
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Stopwatch(StoppingCriteria):
         self._start = perf_counter()
         self._times: list[float] = []
         self.length, self.last_id = 0, -1
-        """Of the first row: its tokens so far, the prompt's too, and the last of them."""
+        """Tokens of the first row so far, the prompt's included, and the id of the last one."""
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self._times.append(perf_counter())

@@ -5,10 +5,10 @@ compute in.
 
 A layer's cache is one variable of bytes, in blocks of slots as csrc/kernels/cache_layout.h has them. Attention writes
 into the value that it reads, and what is assigned is that value: the CPU plugin keeps one buffer for it and copies
-nothing (`chatglm_ov.in_place` tests that, and knows what to do where it does not hold). Which row of the cache holds
-a block is told by the variable `beam_table`, so that a reorder moves no keys or values: a beam copies the block that it
-has begun, if it shares that, and reads all others where they lie. States begin empty: whoever
-runs the model gives the caches their memory (`chatglm_ov.kv_cache`), before the first inference and after reset_state.
+nothing (`chatglm_ov.passes.in_place` tests that, and knows what to do where it does not hold). Which row of the cache
+holds a block is told by the variable `beam_table`, so that a reorder moves no keys or values: a beam copies the block
+that it has begun, if it shares that, and reads all others where they lie. States begin empty: whoever runs the model
+gives the caches their memory (`chatglm_ov.runtime.kv_cache`), before the first inference and after reset_state.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import openvino as ov
 import openvino.opset15 as ops
 from openvino.op.util import Variable, VariableInfo
 
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.lowering import Rotary
 
 LOGITS_TO_KEEP = "logits_to_keep"

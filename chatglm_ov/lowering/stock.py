@@ -183,6 +183,6 @@ class StockLowering(GraphLowering):
         return ops.reshape(repeated, i64(0, heads, -1, dim), True)
 
     def lm_head(self, x: ov.Node, name: str) -> ov.Node:
-        # Of all rows: whoever runs the model leaves out those that nobody wants (`chatglm_ov.last_rows`).
+        # Of all rows: whoever runs the model leaves out those that nobody wants (`chatglm_ov.passes.last_rows`).
         shape = list(self.weights.checkpoint.shape(name))
         return ops.matmul(x, self._dequantized(name, self.weights.lm_head(name), shape), False, True)

@@ -120,7 +120,7 @@ def _mlp(config: ChatGLM2Config, g: Lowering, y: Any, i: int) -> Any:
 
 
 def input_folds(config: ChatGLM2Config) -> dict[str, Fold]:
-    """Those of a block with a gated MLP; a value is made for all query heads of its group."""
+    """Folds of a block with a gated MLP; a value is made for all query heads of its group."""
     heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.kv_channels
     values = planar_values(heads, groups, dim) if config.multi_query_attention else per_head_values(heads, dim)
     kinds = ("weight", "bias") if config.add_qkv_bias else ("weight",)

@@ -26,7 +26,7 @@ class Fold:
 def gated_block_folds(
     norms: tuple[str, str], qkv: tuple[str, ...], dense: str, mlp: tuple[str, str], values: np.ndarray, features: int
 ) -> dict[str, Fold]:
-    """Of a block whose MLP has a gate: every input of a linear layer is made by weights that nothing else reads.
+    """Folds of a block whose MLP has a gate: every input of a linear layer is made by weights that nothing else reads.
 
     A norm makes those of `qkv` and of the first weight of `mlp`, [2 F, K]; the values of attention, rows `values` of
     `qkv`, those of `dense`; the half that is multiplied with the gate those of the second weight of `mlp`, [N, F].

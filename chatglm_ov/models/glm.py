@@ -31,7 +31,7 @@ def weight_shapes(config: GlmConfig) -> dict[str, tuple[int, ...]]:
 
 
 def shapes_with_norms(config: GlmConfig, norms: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """The same for a block that has these norms."""
+    """Shapes of all stored tensors, of a model whose blocks have these norms."""
     hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocab, hidden)}
     for i in range(config.num_layers):
@@ -69,7 +69,7 @@ def stacked_weights(config: GlmConfig) -> dict[str, tuple[str, ...]]:
 
 def is_ignored(config: GlmConfig, name: str) -> bool:
     """GLM-Edge says that its head is tied and stores one all the same. Where it is another one, the configuration does
-    not say so here any more (`chatglm_ov.checkpoint_config`)."""
+    not say so here any more (`chatglm_ov.checkpoint.fields`)."""
     return name.endswith("inv_freq") or (config.tie_word_embeddings and name == LM_HEAD)
 
 
@@ -122,7 +122,7 @@ def mlp(config: GlmConfig, g: Lowering, y: Any, i: int, residual: Any = None) ->
 
 
 def input_folds(config: GlmConfig) -> dict[str, Fold]:
-    """Those of a block with a gated MLP; a value is made for all query heads of its group."""
+    """Folds of a block with a gated MLP; a value is made for all query heads of its group."""
     values = planar_values(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     kinds = ("weight", "bias") if config.attention_bias else ("weight",)
     folds: dict[str, Fold] = {}

@@ -50,6 +50,6 @@ def planar_values(num_heads: int, num_groups: int, head_dim: int) -> np.ndarray:
 
 
 def per_head_values(num_heads: int, head_dim: int) -> np.ndarray:
-    """The same for a weight stored per head as (q, k, v)."""
+    """Rows of the values in a weight that is stored per head as (q, k, v)."""
     starts = (3 * np.arange(num_heads) + 2)[:, None] * head_dim
     return (starts + np.arange(head_dim)).ravel()

@@ -90,7 +90,7 @@ class ChatGLM2Tokenizer(PieceTokenizer):
         return tokens + self._encode_pieces(between)
 
     def _added_pattern(self) -> str:
-        """Of several tokens that begin at one place it finds the longest."""
+        """A pattern of the added tokens; of several that begin at one place it finds the longest."""
         tokens = sorted(self._added_tokens_decoder.values(), key=lambda token: len(token.content), reverse=True)
         return f"({'|'.join(map(_pattern, tokens))})"
 

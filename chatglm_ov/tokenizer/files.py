@@ -11,12 +11,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from chatglm_ov.checkpoint.files import refuse_placeholder
 from chatglm_ov.config import generation_of_name, is_chatglm2
 from chatglm_ov.errors import ChatGLMError, first_line
 from chatglm_ov.json_files import read_json_object
 from chatglm_ov.tokenizer.ranks import read_ranks
 from chatglm_ov.tokenizer.sentencepiece_model import load_sentencepiece
-from chatglm_ov.weight_files import refuse_placeholder
 
 FAMILIES = ("chatglm", "chatglm2", "chatglm3", "glm4")
 MARKER = "chatglm_ov_tokenizer"
@@ -57,7 +57,7 @@ def check_there(path: Path, family: str) -> None:
 
 
 def unreadable(path: Path, error: Exception) -> ChatGLMError:
-    """Of a tokenizer.json that the library refused."""
+    """The error that tells of a tokenizer.json that the library refused."""
     seen = f"one that cannot be read ({type(error).__name__}: {first_line(error)})"
     return ChatGLMError(path, "content", seen, "a tokenizer.json of the tokenizers library")
 

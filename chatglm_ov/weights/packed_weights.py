@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import openvino as ov
 
-from chatglm_ov.checkpoint import Checkpoint, Rows, Tensor
+from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor
 from chatglm_ov.weights.formats import FORMATS, WeightFormat
 from chatglm_ov.weights.graph_file import GraphFile, Layer
 from chatglm_ov.weights.packing import PADDING, gate_up_rows

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from chatglm_ov.checkpoint import Rows, Tensor
+from chatglm_ov.checkpoint.reader import Rows, Tensor
 from chatglm_ov.weights.formats import WeightFormat
 
 Parts = tuple[np.ndarray, ...]

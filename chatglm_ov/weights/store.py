@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import openvino as ov
 
-from chatglm_ov.checkpoint import Checkpoint, Rows, Tensor
+from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
 from chatglm_ov.weights.file import WeightsFile

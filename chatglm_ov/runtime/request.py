@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import openvino as ov
 
+from chatglm_ov.checkpoint.trained_prefix import TrainedPrefix
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.kv_cache import KVCache
 from chatglm_ov.models import architecture
-from chatglm_ov.processors import THREADS
-from chatglm_ov.trained_prefix import TrainedPrefix
-from chatglm_ov.turns import Turns
+from chatglm_ov.runtime.kv_cache import KVCache
+from chatglm_ov.runtime.turns import Turns
+from chatglm_ov.system.processors import THREADS
 
 
 @dataclass

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.models import architecture, graph_shapes
-from chatglm_ov.sizes import size
+from chatglm_ov.system.sizes import size
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
 from chatglm_ov.weights.packing import layout_of
 from chatglm_ov.weights.store import BLOCK_BYTES, stored_as

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.sizes import size
+from chatglm_ov.system.sizes import size
 
 
 def check_disk(target: Path, nbytes: int, what: str) -> None:

@@ -43,8 +43,8 @@ def advise_huge_pages(model: ov.Model, file_bytes: int) -> bool:
 
 
 def small_page_share(file: Path, maps: Path = Path("/proc/self/smaps")) -> float | None:
-    """Of what this process has mapped of a file and is in memory, the part that does not lie in huge pages; None where
-    that is little or the system (`maps`) does not tell."""
+    """Share of the bytes of `file` that this process has mapped, and that are in memory, outside of huge pages;
+    None where there are few of them or the system (`maps`) does not tell."""
     try:
         lines = maps.read_text().splitlines()
     except OSError:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from chatglm_ov.checkpoint import Checkpoint, Rows, Tensor
+from chatglm_ov.checkpoint.files import FLOATS
+from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
-from chatglm_ov.weight_files import FLOATS
 from chatglm_ov.weights.formats import int4_format
 from chatglm_ov.weights.quantized import Parts, QuantizedTensor
 from chatglm_ov.weights.store import checked
@@ -64,8 +64,8 @@ class StackedTensor(Tensor):
 
 @dataclass(frozen=True)
 class StackedQuantizedTensor(QuantizedTensor):
-    """The same where some of the tensors, or all, are quantized. The others have elements as the format of those makes
-    them, but values of their own."""
+    """The rows of several tensors one after another, of which some are quantized, or all. The others have elements as
+    the format of those makes them, but values of their own."""
 
     tensors: tuple[Tensor, ...]
 

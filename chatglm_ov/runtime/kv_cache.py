@@ -14,8 +14,8 @@ import openvino as ov
 
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.lowering.fused import BEAM_TABLE, CACHE
-from chatglm_ov.memory import available
-from chatglm_ov.sizes import size
+from chatglm_ov.system.memory import available
+from chatglm_ov.system.sizes import size
 
 BLOCK_SLOTS = 32
 ELEMENT_TYPES = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype(np.int8)}

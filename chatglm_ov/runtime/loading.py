@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from chatglm_ov import in_place
-from chatglm_ov.chains import chain_operations
+from chatglm_ov.checkpoint.trained_prefix import TrainedPrefix
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.fuse_norms import fuse_norms, fuse_residuals
-from chatglm_ov.ir_fit import check_fits
-from chatglm_ov.ir_reading import core, last_line, runnable_ir
-from chatglm_ov.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, KVCache, PluginCache
-from chatglm_ov.last_rows import add_logits_to_keep, take_last_rows_early
 from chatglm_ov.models import architecture
-from chatglm_ov.processors import thread_limit
-from chatglm_ov.request import Request
-from chatglm_ov.trained_prefix import TrainedPrefix
+from chatglm_ov.passes import in_place
+from chatglm_ov.passes.chains import chain_operations
+from chatglm_ov.passes.fuse_norms import fuse_norms, fuse_residuals
+from chatglm_ov.passes.last_rows import add_logits_to_keep, take_last_rows_early
+from chatglm_ov.runtime.ir_fit import check_fits
+from chatglm_ov.runtime.ir_reading import core, last_line, runnable_ir
+from chatglm_ov.runtime.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, KVCache, PluginCache
+from chatglm_ov.runtime.request import Request
+from chatglm_ov.system.processors import thread_limit
 from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, UNPACKED
 
 PRECISIONS = ("f32", "bf16", "f16")
@@ -48,7 +48,7 @@ def default_weight_format(folder: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is run; None: what suits the device best. Raises ChatGLMError for values that there are not."""
+    """How a model is run; None: what suits the device best. Raises ChatGLMError for unknown values."""
 
     inference_precision: str | None = None
     kv_cache_format: str | None = None

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from chatglm_ov.checkpoint_config import checkpoint_fields
+from chatglm_ov.checkpoint.fields import checkpoint_fields
+from chatglm_ov.checkpoint.prequantized import CONFIG_FIELDS
 from chatglm_ov.config import ArchitectureConfig, GlmConfig, config_class, read_config_json
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.prequantized import CONFIG_FIELDS
 from chatglm_ov.weights.ir import FORMAT_VERSION
 
 log = logging.getLogger(__name__)

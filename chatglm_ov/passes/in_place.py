@@ -15,8 +15,8 @@ import openvino as ov
 import openvino.opset15 as ops
 from openvino.op.util import Variable, VariableInfo
 
-from chatglm_ov.kv_cache import BlockLayout
 from chatglm_ov.lowering.operations import attributes_of, operation
+from chatglm_ov.runtime.kv_cache import BlockLayout
 
 DIM = 16
 LAYOUT = BlockLayout("f32", 1, DIM)

@@ -14,11 +14,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from chatglm_ov.config import ArchitectureConfig
-from chatglm_ov.conversion import write_graph
+from chatglm_ov.conversion.finished_folder import check_disk, folder_beside
+from chatglm_ov.conversion.graph import write_graph
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.finished_folder import check_disk, folder_beside
 from chatglm_ov.models import graph_shapes
-from chatglm_ov.sizes import size
+from chatglm_ov.system.sizes import size
 from chatglm_ov.weights.file import WeightsFile
 from chatglm_ov.weights.graph_file import GraphFile
 from chatglm_ov.weights.ir import IR_NAME, UNPACKED, WEIGHTS_NAME

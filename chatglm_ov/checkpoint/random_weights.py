@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from chatglm_ov.checkpoint.files import FLOATS
 from chatglm_ov.config import parse_config
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
-from chatglm_ov.weight_files import FLOATS
 
 # Values drawn at once: 4 MB in float32.
 BLOCK = 1 << 20

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
 
+from chatglm_ov.checkpoint.trained_prefix import TrainedPrefix
 from chatglm_ov.config import parse_config, read_config_json
-from chatglm_ov.converted_config import is_converted
+from chatglm_ov.conversion.converted_config import is_converted
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.trained_prefix import TrainedPrefix
 from chatglm_ov.weights.formats import FORMATS
 from chatglm_ov.weights.ir import IR_NAME, read_description
 

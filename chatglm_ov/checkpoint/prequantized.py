@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from chatglm_ov.checkpoint import Checkpoint, Rows, Tensor
+from chatglm_ov.checkpoint.files import FLOATS
+from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor
 from chatglm_ov.config import ArchitectureConfig, parse_config
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.json_files import read_json_object
 from chatglm_ov.models import architecture
-from chatglm_ov.weight_files import FLOATS
 from chatglm_ov.weights.formats import FORMATS, GROUP_SIZE, GROUP_SIZES, WeightFormat, int4_format
 from chatglm_ov.weights.quantized import Parts, QuantizedTensor
 from chatglm_ov.weights.store import checked
@@ -51,7 +51,7 @@ class _Described:
     fields: dict[str, Any]
 
     def name(self, *names: str) -> str:
-        """Of the names that tools have for a field, the one that is there, else the first."""
+        """The one of a field's names, which differ from tool to tool, that is there, else the first."""
         return next((name for name in names if name in self.fields), names[0])
 
     def require(self, name: str, known: tuple[Any, ...]) -> None:
@@ -88,7 +88,7 @@ def quantized_format(folder: Path, fields: Mapping[str, Any]) -> str | None:
 
 
 def _quantization_config(folder: Path, fields: Mapping[str, Any]) -> _Described | None:
-    """Of config.json, or of a file of its own, which older tools wrote; None where there is none."""
+    """What config.json tells, or a file of its own, which older tools wrote; None where there is neither."""
     path, found = folder / "config.json", fields.get("quantization_config")
     if found is not None:
         if not isinstance(found, dict):

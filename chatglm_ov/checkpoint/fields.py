@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.prequantized import open_checkpoint
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.config import config_class, read_config_json
 from chatglm_ov.models import architecture
-from chatglm_ov.prequantized import open_checkpoint
 
 _ROWS = 4096
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.files import FLOATS, open_weight_file, save_safetensors
+from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
-from chatglm_ov.weight_files import FLOATS, open_weight_file, save_safetensors
 
 FILE_NAME = "prefix.safetensors"
 ENCODER = "transformer.prefix_encoder."
@@ -51,8 +51,8 @@ class TrainedPrefix:
 
     @classmethod
     def load(cls, folder: Path, config: ArchitectureConfig) -> TrainedPrefix | None:
-        """Of a converted folder; None if its model has none. Raises ChatGLMError if the file is missing or another
-        model's."""
+        """The prefix in a converted folder; None if its model has none. Raises ChatGLMError if the file is missing or
+        another model's."""
         path, length = folder / FILE_NAME, config.pre_seq_len
         if not length:
             return None

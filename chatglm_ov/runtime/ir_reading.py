@@ -10,9 +10,9 @@ import openvino as ov
 
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.huge_pages import advise_huge_pages
 from chatglm_ov.native import check_forced_level, library_path, native, unavailable
-from chatglm_ov.unpacked_ir import unpacked_ir
+from chatglm_ov.runtime.unpacked_ir import unpacked_ir
+from chatglm_ov.system.huge_pages import advise_huge_pages
 from chatglm_ov.weights.ir import FORMAT_VERSION, WEIGHTS_NAME, read_description
 from chatglm_ov.weights.unpacking import UNPACKED_VERSION
 

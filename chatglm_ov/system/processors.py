@@ -16,7 +16,7 @@ from typing import Any
 import openvino as ov
 import openvino.opset15 as ops
 
-from chatglm_ov.control_groups import groups
+from chatglm_ov.system.control_groups import groups
 
 THREADS = "INFERENCE_NUM_THREADS"
 

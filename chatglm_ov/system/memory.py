@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from chatglm_ov.control_groups import groups
+from chatglm_ov.system.control_groups import groups
 
 
 def memory() -> tuple[int, int]:
@@ -44,7 +44,7 @@ _NAMES = {
 
 
 def _left_of_groups(root: Path) -> Iterator[int]:
-    """Of each group that can be seen and has a limit."""
+    """Bytes that are left in each control group that can be seen and has a limit."""
     for version, folder in groups("memory", root):
         with suppress(OSError, ValueError):
             yield _left(folder, *_NAMES[version])

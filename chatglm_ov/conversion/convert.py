@@ -14,7 +14,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -23,34 +22,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from chatglm_ov.checkpoint import Checkpoint
+from chatglm_ov.checkpoint.files import refuse_placeholder
+from chatglm_ov.checkpoint.lora import with_lora
+from chatglm_ov.checkpoint.model_weights import model_weights
+from chatglm_ov.checkpoint.prequantized import open_checkpoint
+from chatglm_ov.checkpoint.reader import Checkpoint
+from chatglm_ov.checkpoint.trained_prefix import TrainedPrefix, has_prefix, read_prefix
 from chatglm_ov.config import ArchitectureConfig, RopeRatioMeaning, parse_config
-from chatglm_ov.conversion_checks import (
+from chatglm_ov.conversion.checks import (
     check_addable,
     check_apart,
     check_arguments,
     check_replaceable,
     check_same_model,
 )
-from chatglm_ov.converted_config import converted_fields, given_fields, is_converted, warn_of_doubtful_base
+from chatglm_ov.conversion.converted_config import converted_fields, given_fields, is_converted, warn_of_doubtful_base
+from chatglm_ov.conversion.finished_folder import check_disk, finished_or_nothing, remove_leftovers
+from chatglm_ov.conversion.graph import write_graph
+from chatglm_ov.conversion.plan import Plan, make_plan
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.finished_folder import check_disk, finished_or_nothing, remove_leftovers
 from chatglm_ov.json_files import read_json_object
-from chatglm_ov.lora import with_lora
-from chatglm_ov.lowering import Lowering
-from chatglm_ov.memory import available
-from chatglm_ov.model_weights import model_weights
-from chatglm_ov.models import architecture
-from chatglm_ov.native import check_forced_level, native, unavailable
-from chatglm_ov.plan import Plan, make_plan
-from chatglm_ov.prequantized import open_checkpoint
-from chatglm_ov.sizes import size
+from chatglm_ov.native import check_forced_level, unavailable
+from chatglm_ov.system.memory import available
+from chatglm_ov.system.sizes import size
 from chatglm_ov.tokenizer import save_tokenizer_files
-from chatglm_ov.trained_prefix import TrainedPrefix, has_prefix, read_prefix
-from chatglm_ov.weight_files import refuse_placeholder
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
 from chatglm_ov.weights.file import WeightsFile
-from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, WEIGHTS_NAME, write_ir
+from chatglm_ov.weights.ir import WEIGHTS_NAME
 from chatglm_ov.weights.quantized import QuantizedTensor
 from chatglm_ov.weights.store import Progress, WeightStore
 
@@ -161,7 +159,7 @@ def convert(
 
 
 def _trained_prefix(config: ArchitectureConfig, weights: Checkpoint, folder: Path | None) -> TrainedPrefix | None:
-    """Of `folder`, or where that is None of the checkpoint itself, if it has one."""
+    """The prefix in `folder`, or, without a folder, that of the checkpoint itself; None if it has none."""
     if folder is not None:
         with Checkpoint.open(folder) as tuned:
             if not has_prefix(tuned):
@@ -236,11 +234,6 @@ def available_ops(ops: str) -> str:
     return "stock"
 
 
-def _lowering(ops: str, store: WeightStore) -> Lowering:
-    module = import_module(f"chatglm_ov.lowering.{ops}")
-    return getattr(module, f"{ops.capitalize()}Lowering")(store)
-
-
 @contextmanager
 def _progress_bar(plan: Plan, shown: bool) -> Iterator[Progress]:
     with tqdm(total=plan.read_bytes, unit="B", unit_scale=True, disable=not shown, desc="convert") as bar:
@@ -266,19 +259,6 @@ def _write_model(
     folder.mkdir()
     with WeightsFile(folder / WEIGHTS_NAME) as file:
         write_graph(config, WeightStore(weights, file, weight_format, report, choices), ops, described)
-
-
-def write_graph(
-    config: ArchitectureConfig, store: WeightStore, ops: str, described: Mapping[str, str | int] = MappingProxyType({})
-) -> None:
-    """The openvino_model.xml of a model beside the file of `store`, and its weights in that file."""
-    model = architecture(config).build(config, _lowering(ops, store))
-    info = {"format_version": FORMAT_VERSION, "weight_format": store.weight_format, "ops": ops, **described}
-    if ops == "fused":
-        info["packing_version"] = native().PACKING_VERSION
-    for name, value in info.items():
-        model.set_rt_info(value, [RT_INFO, name])
-    write_ir(model, store.file, store.file.path.with_name(IR_NAME))
 
 
 def convert_weights(

@@ -20,9 +20,9 @@ from types import MappingProxyType
 
 import numpy as np
 
+from chatglm_ov.checkpoint.files import FLOATS, READABLE, StoredTensor, open_weight_file, refuse_placeholder
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.json_files import read_json_object
-from chatglm_ov.weight_files import FLOATS, READABLE, StoredTensor, open_weight_file, refuse_placeholder
 
 # In order of preference: stem and extension of the file names.
 KINDS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
@@ -140,7 +140,7 @@ class Checkpoint:
         self._shards.close()
 
     def replaced(self, removed: Collection[str], added: Iterable[Tensor]) -> Checkpoint:
-        """The same open files with other tensors in the place of some; they are closed together."""
+        """This checkpoint, over the same open files, with other tensors in place of some; both are closed together."""
         other = copy(self)
         other._tensors = {name: tensor for name, tensor in self._tensors.items() if name not in removed}
         other._tensors.update((tensor.name, tensor) for tensor in added)

@@ -1,0 +1,1 @@
+"""What is rewritten in a graph of fused operations when it is loaded."""

@@ -1,0 +1,1 @@
+"""From a converted folder to a compiled model and its requests."""
