@@ -10,6 +10,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def last_line(error: BaseException) -> str:
+    """What OpenVINO's errors end with: what is wrong, behind where it was noticed."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
 class ChatGLMError(Exception):
     """A user error, told in one line: where it is, which field, what was seen, what was wanted.
 

@@ -23,6 +23,7 @@ from golden_cases import (  # noqa: F401
 )
 
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.runtime import kv_cache
 from chatglm_ov.runtime.kv_cache import BLOCK_SLOTS, FIRST_SLOTS, LARGEST_STEP, BlockLayout, capacity
 from chatglm_ov.runtime.loading import CompiledModel
 
@@ -202,6 +203,60 @@ def test_a_plugins_cache_takes_more_rows_than_before(cache_format: str, open_com
     for ours, fresh in zip(teacher_forced(request, one, tokens[:1]), first, strict=True):
         np.testing.assert_array_equal(ours, fresh)
     assert request.infer_request is infer_request
+
+
+@pytest.mark.parametrize("calls", [[(6, [2]), (1, [70]), (4, [2, 100])], [(5, [1]), (3, [100]), (5, [100, 70])]])
+def test_a_plugins_int8_cache_whose_rows_come_and_go(calls, open_compiled: Opener):
+    model = open_compiled(V2.checkpoint, precision="f32", kv_cache_format="int8")
+    request, rng = model.create_request(), np.random.default_rng(3)
+    for rows, lengths in calls:
+        prompt = own_prompt(rng.integers(3, 200, (rows, sum(lengths))), model)
+        request.reset()
+        ends = np.cumsum(lengths).tolist()
+        ours, wanted = (in_pieces(prompt, each, ends) for each in (request, model.create_request()))
+        np.testing.assert_array_equal(ours, wanted)
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """Ctrl-C at a tensor that the cache makes for one of its states."""
+    made, tensor = [], kv_cache.ov.Tensor
+
+    def interrupted(*args: object, **options: object) -> object:
+        made.append(args)
+        if len(made) > calls:
+            raise KeyboardInterrupt
+        return tensor(*args, **options)
+
+    monkeypatch.setattr(kv_cache.ov, "Tensor", interrupted)
+
+
+def test_a_rollback_that_is_interrupted(open_compiled: Opener, monkeypatch: pytest.MonkeyPatch):
+    """Layers of different lengths are not gone on with, not even after a reset."""
+    model = open_compiled(V2.checkpoint, precision="f32")
+    request, prompt = model.create_request(), golden_prompt(V2, "p17", model)
+    wanted = prompt.feed(request)
+    interrupt_after(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        request.truncate(9)
+    monkeypatch.undo()
+    assert request.past_length == 0
+    np.testing.assert_array_equal(prompt.feed(request), wanted)
+    request.truncate(9)
+    np.testing.assert_allclose(prompt.feed(request, 9), wanted[:, 9:], rtol=0, atol=1e-4)
+
+
+@without_library
+def test_an_allocation_that_is_interrupted(open_compiled: Opener, monkeypatch: pytest.MonkeyPatch):
+    model = fused(open_compiled, V2)
+    request = model.create_request()
+    long, rows = (own_prompt(np.full(shape, 7), model) for shape in ((1, 400), (8, 2)))
+    wanted = long.feed(request)
+    request.reset()
+    interrupt_after(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        rows.feed(request)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(long.feed(request), wanted)
 
 
 def buffers(request) -> dict[str, int]:

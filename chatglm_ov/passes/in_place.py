@@ -15,6 +15,7 @@ import openvino as ov
 import openvino.opset15 as ops
 from openvino.op.util import Variable, VariableInfo
 
+from chatglm_ov.errors import ChatGLMError, last_line
 from chatglm_ov.lowering.operations import attributes_of, operation
 from chatglm_ov.runtime.kv_cache import BlockLayout
 
@@ -26,8 +27,13 @@ log = logging.getLogger(__name__)
 
 @cache
 def works_in_place() -> bool:
-    """The answer for this process; a warning tells a "no"."""
-    fine = is_kept_in_place(trial_model())
+    """The answer for this process; a warning tells a "no". Raises ChatGLMError where it cannot be tried: that says
+    nothing of any model, but of memory or threads that the process does not get."""
+    try:
+        fine = is_kept_in_place(trial_model())
+    except RuntimeError as error:
+        seen = f"a failure ({last_line(error)})"
+        raise ChatGLMError("OpenVINO", "trial of a small model", seen, "memory and threads to run it") from error
     if not fine:
         log.warning("this OpenVINO copies the state of a model: the KV cache is copied for every token")
     return fine

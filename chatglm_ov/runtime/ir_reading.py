@@ -9,7 +9,7 @@ from xml.etree.ElementTree import ParseError
 import openvino as ov
 
 from chatglm_ov.config import ArchitectureConfig
-from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.errors import ChatGLMError, last_line
 from chatglm_ov.native import check_forced_level, library_path, native, unavailable
 from chatglm_ov.runtime.unpacked_ir import unpacked_ir
 from chatglm_ov.system.huge_pages import advise_huge_pages
@@ -113,8 +113,3 @@ def _check_version(path: Path, name: str, described: dict[str, str], wanted: int
 
 def _unreadable(path: Path, error: Exception) -> ChatGLMError:
     return ChatGLMError(path, "IR", f"unreadable ({last_line(error)})", "an IR as `convert` writes it")
-
-
-def last_line(error: Exception) -> str:
-    """What OpenVINO's errors end with: what is wrong, behind where it was noticed."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]

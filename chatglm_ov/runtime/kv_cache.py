@@ -64,23 +64,22 @@ class PluginCache:
     """The cache that a plugin keeps behind the stock lowering's states. Padding has a place in it like any column.
 
     quantized: it holds integers and scales. The CPU plugin mixes up scales in a sequence that begins with more rows
-    than those before it in the same infer request (seen with OpenVINO 2026.4).
+    than an earlier call in the same infer request had (seen with OpenVINO 2026.4).
     """
 
     def __init__(self, request: ov.InferRequest, quantized: bool):
         self._request, self._quantized = request, quantized
-        self._rows = 0  # the most that a sequence has begun with
+        self._fewest_rows: int | None = None  # of all calls
 
     def takes(self, rows: int) -> bool:
-        return not self._quantized or self._rows == 0 or rows <= self._rows
+        return not self._quantized or self._fewest_rows is None or rows <= self._fewest_rows
 
     def of(self, request: ov.InferRequest) -> PluginCache:
         return PluginCache(request, self._quantized)
 
     def prepare(self, columns: np.ndarray, continued: np.ndarray) -> None:
         """The plugin's cache grows by itself."""
-        if continued.shape[1] == 0:
-            self._rows = max(self._rows, len(columns))
+        self._fewest_rows = min(len(columns), self._fewest_rows or len(columns))
 
     def make_room(self, rows: int, slots: int, keep: bool) -> None:
         """Nothing to do: it grows by itself."""
@@ -96,8 +95,10 @@ class PluginCache:
 
     def truncate(self, columns: int) -> None:
         """The plugin's states only grow by themselves: what is left of each is copied."""
-        for state in self._request.query_state():
-            state.state = ov.Tensor(np.ascontiguousarray(state.state.data[:, :, :columns]))
+        states = self._request.query_state()
+        left = [np.ascontiguousarray(state.state.data[:, :, :columns]) for state in states]
+        for state, part in zip(states, left, strict=True):
+            state.state = ov.Tensor(part)
 
     def read(self, layer: int, attention_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         states = _states(self._request)
@@ -231,6 +232,9 @@ class BlockCache:
     def allocate(self, rows: int, blocks: int, keep: bool) -> None:
         """Give every layer memory of this size; `keep`: with the blocks that there are, and no fewer of them."""
         self._check_memory(rows, blocks)
+        if not keep:
+            # Until all layers have it, whatever ends this early.
+            self.rows = self.blocks = 0
         shape = (rows, blocks, self.layout.num_key_value_heads, self.layout.block_bytes)
         try:
             for layer in self._layers:
@@ -240,8 +244,6 @@ class BlockCache:
                 # The plugin copies it.
                 layer.state = ov.Tensor(new, shared_memory=True)
         except (MemoryError, RuntimeError) as error:
-            if not keep:
-                self.rows = self.blocks = 0
             wanted = f"{size(self.layout.nbytes(rows, blocks))} a layer"
             raise ChatGLMError("KV cache", "memory", "used up", wanted) from error
         self.rows, self.blocks = rows, blocks

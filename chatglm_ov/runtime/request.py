@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,6 +42,22 @@ class Request:
         self.infer_request = infer_request
         self._tensors = {name: infer_request.get_tensor(name) for name in self._input_names}
 
+    def _begin_anew(self) -> None:
+        """Go on in another infer request, whose cache is empty."""
+        self._open(self.infer_request.get_compiled_model().create_infer_request())
+        self.cache = self.cache.of(self.infer_request)
+        self._start_afresh()
+
+    @contextmanager
+    def _whole_or_anew(self) -> Iterator[None]:
+        """Whatever ends a change of the cache early, such as Ctrl-C, may leave layers of different lengths: a plugin
+        writes behind the end of these, even after a reset."""
+        try:
+            yield
+        except BaseException:
+            self._begin_anew()
+            raise
+
     def _start_afresh(self) -> None:
         # Attention mask [B, past] of the columns in the cache, and how many of them see each other in any order.
         self._fed = np.ones((0, 0), bool)
@@ -62,7 +80,7 @@ class Request:
 
     def reset(self) -> None:
         """Forget the sequence; the next call starts a fresh one and may have another number of rows."""
-        with self.turns.taken():
+        with self.turns.taken(), self._whole_or_anew():
             self.cache.forget()
             self._start_afresh()
 
@@ -81,9 +99,10 @@ class Request:
             if past_length == 0:
                 self.reset()
                 return
-            if past_length < self.past_length:
-                self.cache.truncate(self._trained + past_length)
-            self._fed = self._fed[:, :past_length]
+            with self._whole_or_anew():
+                if past_length < self.past_length:
+                    self.cache.truncate(self._trained + past_length)
+                self._fed = self._fed[:, :past_length]
 
     def reserve(self, attention_mask: np.ndarray) -> None:
         """Make room for a sequence that will have the columns of `attention_mask` [B, T], those in the cache included:
@@ -129,8 +148,7 @@ class Request:
         self._check_shapes(inputs)
         self._check_values(inputs)
         if self.past_length == 0 and not self.cache.takes(len(inputs["input_ids"])):
-            self._open(self.infer_request.get_compiled_model().create_infer_request())
-            self.cache = self.cache.of(self.infer_request)
+            self._begin_anew()
         mask, prefix = inputs["attention_mask"] != 0, inputs.get("prefix_length")
         inputs["attention_mask"] = mask
         continued = self._continued(inputs["beam_idx"])
@@ -182,7 +200,8 @@ class Request:
         length, rows = self.trained_prefix.length, len(continued)
         if self.past_length == 0:
             slots = length + int(np.count_nonzero(inputs["attention_mask"], axis=1).max())
-            self.cache.begin_with(self.trained_prefix.keys, self.trained_prefix.values, rows, slots)
+            with self._whole_or_anew():
+                self.cache.begin_with(self.trained_prefix.keys, self.trained_prefix.values, rows, slots)
             inputs["beam_idx"] = np.zeros(rows, np.int32)
         seen = np.ones((rows, length), np.int64)
         inputs["attention_mask"] = np.concatenate([seen, inputs["attention_mask"]], axis=1)
