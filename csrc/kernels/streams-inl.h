@@ -22,17 +22,18 @@ struct FarReach {
     static constexpr int64_t kBytes = 8192;
     static constexpr auto kHint = _MM_HINT_T1;
 };
-// Of one row, on processors of prefers_page_reach (isa.h). Measured on Zen 4, as a share of what a core can read: int8
-// 93 % where FarReach has 73, bf16 95 and 75, int4 85 and 80; at 3072 to 6144 bytes up to 7 % less. With four rows it
-// is the other way round, int8 60 and 79 %: presumably what was brought so near does not stay until it is met.
+// Where few instructions meet a line, on processors of prefers_page_reach (isa.h). Measured on Zen 4, as a share of what
+// a core can read, one row: int8 93 % where FarReach has 73, bf16 95 and 75, int4 85 and 80; at 3072 to 6144 bytes up to
+// 7 % less. Two rows of int8: 86 and 73 % of what two cores read. Four are the other way round, 66 and 86 %: presumably
+// what was brought so near does not stay until it is met.
 struct PageReach {
     static constexpr int64_t kBytes = kPageBytes;
     static constexpr auto kHint = _MM_HINT_NTA;
 };
 
-// Of so many rows, where one row has `Reach`.
-template <typename Reach, int kRows>
-using ReachOfRows = std::conditional_t<kRows == 1, Reach, FarReach>;
+// few: whether few instructions meet a line.
+template <typename Reach, bool few>
+using ReachFor = std::conditional_t<few, Reach, FarReach>;
 
 // PageReach asks for one line of each page a page earlier still: presumably it is too near for a page whose address is
 // yet to be translated. In pages of 4 KB bf16 reads at 94 % of a core's limit with it and 84 without, int8 and int4 as
