@@ -63,7 +63,7 @@ def open_weight_file(file: Path) -> dict[str, StoredTensor]:
 
 
 def save_safetensors(tensors: dict[str, np.ndarray], file: Path) -> None:
-    """Raises OSError for what the file system refuses, which the library tells as an error of its own."""
+    """Write `tensors` by name. Raises OSError for what the file system refuses: the library has an error of its own."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
