@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation import inputs
@@ -53,6 +47,8 @@ class StatefulGenerationMixin(GenerationMixin):
     prompt_progress: Any
     reused_tokens: int
     """Tokens of the latest prompt that were in the cache already."""
+    _most_columns: int | None = None
+    """Columns at which the call in progress ends whatever it was told; None: nowhere."""
     speculation: Any
     """What became of the latest call's guesses; None where nothing was guessed."""
 
@@ -60,8 +56,6 @@ class StatefulGenerationMixin(GenerationMixin):
         self,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
@@ -85,7 +79,6 @@ class StatefulGenerationMixin(GenerationMixin):
             if value not in (None, neutral):
                 raise ChatGLMError("generate", name, repr(value), f"none: {reason}")
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
         assistant = kwargs.get("assistant_model")
         check_assistant(self, assistant)
         with ExitStack() as stack:
@@ -111,7 +104,7 @@ class StatefulGenerationMixin(GenerationMixin):
         if kwargs.pop("reuse_cache", False):
             self._resume(ids, kwargs)
         step = self._first_step(ids, config, kwargs)
-        kwargs["stopping_criteria"] = self._within_positions(step, ids.shape[1], kwargs["stopping_criteria"])
+        self._most_columns = self._columns_within_positions(step, ids.shape[1])
         kwargs["attention_mask"] = torch.from_numpy(step.keep.astype(np.int64))
         kwargs["position_ids"] = torch.from_numpy(np.array(step.position_ids))
         own_progress = self.prompt_progress
@@ -145,15 +138,19 @@ class StatefulGenerationMixin(GenerationMixin):
             raise ChatGLMError("attention_mask", "last column", "padding", "a token in each row: pad on the left")
         return step
 
-    def _within_positions(
-        self, step: Step, columns: int, criteria: StoppingCriteriaList | None
-    ) -> StoppingCriteriaList | None:
-        """`criteria`, and one with which a text that fills the model ends: its last token is not fed."""
+    def _columns_within_positions(self, step: Step, columns: int) -> int | None:
+        """Columns of a text that fills the model, its last token being one that is not fed; None without a limit."""
         limit = self.compiled.config.max_positions
-        if limit is None:
-            return criteria
-        left = max(1, limit - int(step.position_ids[..., -1].max()))
-        return StoppingCriteriaList([*(criteria or ()), PositionsUsedUp(columns + left)])
+        return None if limit is None else columns + max(1, limit - int(step.position_ids[..., -1].max()))
+
+    def _get_stopping_criteria(  # type: ignore[override]
+        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> StoppingCriteriaList:
+        """A text that fills the model ends there, as at any other greatest length. The config is that of one call, with
+        all that it was made of."""
+        if self._most_columns is not None:
+            generation_config.max_length = min(generation_config.max_length, self._most_columns)
+        return super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _argument(self, name: str, config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
         """What one call of generate() works with: its own argument, that of its config, and what that leaves out the
@@ -298,13 +295,3 @@ class StatefulGenerationMixin(GenerationMixin):
         raise ChatGLMError("continuous batching", "cache", "a paged one", "generate(): the cache is inside the model")
 
     generate_batch = init_continuous_batching
-
-
-class PositionsUsedUp(StoppingCriteria):
-    """Ends each row at `columns` columns."""
-
-    def __init__(self, columns: int):
-        self._columns = columns
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), input_ids.shape[1] >= self._columns)
