@@ -231,10 +231,12 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         was fed before it."""
         total, columns = step.ids.shape[1], cache.columns
         past = columns.keep.shape[1]
-        self.session.request.reserve(step.keep)
         first_kept = 0 if logits_to_keep == 0 else max(0, total - logits_to_keep)
+        parts = list(pieces(step, past))
+        if len(parts) > 1:
+            self.session.request.reserve(step.keep)
         kept = []
-        for piece in pieces(step, past):
+        for piece in parts:
             ids, positions, keep = step.ids[:, piece], step.position_ids[..., piece], step.keep[:, : past + piece.stop]
             wanted = piece.stop - max(piece.start, first_kept)
             logits = self.session.request.infer(
