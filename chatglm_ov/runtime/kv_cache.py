@@ -95,10 +95,8 @@ class PluginCache:
 
     def truncate(self, columns: int) -> None:
         """The plugin's states only grow by themselves: what is left of each is copied."""
-        states = self._request.query_state()
-        left = [np.ascontiguousarray(state.state.data[:, :, :columns]) for state in states]
-        for state, part in zip(states, left, strict=True):
-            state.state = ov.Tensor(part)
+        for state in self._request.query_state():
+            state.state = ov.Tensor(np.ascontiguousarray(state.state.data[:, :, :columns]))
 
     def read(self, layer: int, attention_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         states = _states(self._request)
