@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -70,10 +71,14 @@ bool is_amd_family(unsigned wanted) {
 
 std::string names_of(const std::vector<Isa>& levels) {
     std::string joined;
-    for (Isa isa : levels) {
-        joined += (joined.empty() ? "" : ", ") + std::string(name(isa));
-    }
+    for (Isa isa : levels) joined += (joined.empty() ? "" : ", ") + std::string(name(isa));
     return joined.empty() ? "none" : joined;
+}
+
+std::vector<Isa> all_levels() {
+    std::vector<Isa> levels;
+    for (size_t i = 0; i < kIsaNames.size(); ++i) levels.push_back(static_cast<Isa>(i));
+    return levels;
 }
 
 }  // namespace
@@ -106,28 +111,21 @@ bool prefers_page_reach() {
 }
 
 std::vector<Isa> present_levels() {
-    std::vector<Isa> levels;
-    for (size_t i = 0; i < kIsaNames.size(); ++i) {
-        if (is_present(static_cast<Isa>(i))) {
-            levels.push_back(static_cast<Isa>(i));
-        }
-    }
+    std::vector<Isa> levels = all_levels();
+    levels.erase(std::remove_if(levels.begin(), levels.end(), [](Isa isa) { return !is_present(isa); }), levels.end());
     return levels;
 }
 
 Isa parse_isa(const std::string& wanted) {
-    for (size_t i = 0; i < kIsaNames.size(); ++i) {
-        if (wanted == kIsaNames[i]) {
-            return static_cast<Isa>(i);
-        }
+    for (Isa isa : all_levels()) {
+        if (wanted == name(isa)) return isa;
     }
-    throw std::invalid_argument("CHATGLM_OV_ISA: '" + wanted +
-                                "', wanted one of avx2, avx_vnni, avx512, avx512_bf16, amx");
+    throw std::invalid_argument("instruction set: '" + wanted + "', wanted one of " + names_of(all_levels()));
 }
 
 Isa selected_isa() {
     if (!is_present(Isa::avx2)) {
-        throw std::runtime_error("processor: no AVX2, wanted one of avx2, avx_vnni, avx512, avx512_bf16, amx");
+        throw std::runtime_error("processor: no AVX2, wanted one of " + names_of(all_levels()));
     }
     const char* forced = std::getenv("CHATGLM_OV_ISA");
     if (forced == nullptr || *forced == '\0') {

@@ -1,5 +1,6 @@
 #include "kernels/table.h"
 
+#include <array>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -24,13 +25,10 @@ const KernelTable& kernels(Isa isa) {
     if (!is_present(isa)) {
         throw std::runtime_error("instruction set: '" + std::string(name(isa)) + "' is not on this machine");
     }
-    switch (isa) {
-        case Isa::avx2: return avx2::table();
-        case Isa::avx_vnni: return avx_vnni::table();
-        case Isa::avx512: return avx512::table();
-        case Isa::avx512_bf16: return avx512_bf16::table();
-        default: return amx::table();
-    }
+    using Table = const KernelTable& (*)();
+    static constexpr std::array<Table, kIsaNames.size()> kTables{avx2::table, avx_vnni::table, avx512::table,
+                                                                 avx512_bf16::table, amx::table};
+    return kTables[static_cast<size_t>(isa)]();
 }
 
 const KernelTable& kernels_by_name(const std::string& name) {
