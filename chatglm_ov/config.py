@@ -228,16 +228,15 @@ class GlmConfig(ArchitectureConfig):
     @classmethod
     def _rope_fields_of_both_spellings(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """transformers 5 has one object `rope_parameters`, 4 has `rope_theta`, `partial_rotary_factor` and an object
-        `rope_scaling`, which is about scaling only. What stands in an object goes before what stands beside it."""
-        objects = [fields.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
-        for given in objects:
-            if not isinstance(given, dict):
-                return {**fields, "rope_scaling": given}
-        joined = {**objects[0], **objects[1]}
+        `rope_scaling`, which is about scaling only, and which 5 takes instead of its own where both are there. What
+        stands in the object goes before what stands beside it."""
+        given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+        if not isinstance(given, dict):
+            return {**fields, "rope_scaling": given}
         names = ("rope_theta", "partial_rotary_factor")
-        inside = {name: joined[name] for name in names if joined.get(name) is not None}
+        inside = {name: given[name] for name in names if given.get(name) is not None}
         beside = {name: value for name, value in fields.items() if value is not None or name in names}
-        scaling = objects[0] or objects[1] or None
+        scaling = given or None
         if scaling is not None and scaling.get("rope_type", scaling.get("type", "default")) == "default":
             scaling = None
         if scaling is not None and "original_max_position_embeddings" in beside:

@@ -106,6 +106,10 @@ def test_both_spellings_of_rope_are_one():
     # As in transformers 5, the object goes before what stands beside it.
     assert parse_config({**newer, "rope_theta": 7.0}).rope_theta == 5e6
     assert parse_config({**fields, "rope_theta": 7.0, "rope_scaling": {**YARN, "rope_theta": 9.0}}).rope_theta == 9.0
+    # And an object of 4 goes before all of that of 5, whose base is then the default one.
+    both = parse_config({**newer, "rope_scaling": {"rope_type": "linear", "factor": 2.0}})
+    assert (both.rope_scaling.rope_type, both.rope_scaling.factor) == ("linear", 2.0)
+    assert (both.rope_theta, both.partial_rotary_factor) == (10000.0, 0.5)
     plain = {**newer, "rope_parameters": {"rope_type": "default", "rope_theta": 3.0, "partial_rotary_factor": 0.5}}
     assert parse_config(plain).rope_scaling is None
     assert parse_config(plain).rope_theta == 3.0
@@ -158,6 +162,10 @@ def test_options_replace_what_stands_in_an_object(tmp_path):
     ours = converted(checkpoint, tmp_path / "out", "stock", rope_theta=5e6, rope_scaling=linear)
     with torch.no_grad():
         wanted = reference("glm", rope_theta=5e6, rope_scaling=linear)(IDS).logits
+    torch.testing.assert_close(ours(IDS).logits, wanted, rtol=0, atol=1e-4)
+    ours = converted(checkpoint, tmp_path / "scaled", "stock", rope_scaling=linear)
+    with torch.no_grad():
+        wanted = reference("glm", rope_theta=3e4, rope_scaling=linear)(IDS).logits
     torch.testing.assert_close(ours(IDS).logits, wanted, rtol=0, atol=1e-4)
     with pytest.raises(ChatGLMError, match="rope_scaling is"):
         converted(checkpoint, tmp_path / "list", "stock", rope_scaling=[1])

@@ -36,8 +36,8 @@ def given_fields(
         if name == "rope_scaling" and not isinstance(value, Mapping):
             raise ChatGLMError("convert", name, value, 'an object such as {"rope_type": "yarn", "factor": 4.0}')
         if isinstance(value, Mapping):
-            # The object may say more than how it scales.
-            before = fields.get(name)
+            # The object that it replaces may say more than how it scales.
+            before = fields.get("rope_scaling") or fields.get("rope_parameters")
             kept = before if isinstance(before, dict) else {}
             value = {key: kept[key] for key in ("rope_theta", "partial_rotary_factor") if key in kept} | {**value}
         fields[name] = value
