@@ -105,15 +105,15 @@ MEANWHILE: dict[str, tuple[Path, tuple[str, ...], dict[str, bool], str]] = {
 def test_the_folder_is_looked_at_again_at_the_end(meanwhile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = to_int8(V2.checkpoint, tmp_path / "out")
     checkpoint, formats, options, told = MEANWHILE[meanwhile]
-    write, others = conversion._write_model, []
+    write, others = conversion.write_model, []
 
     def interfered(*arguments: Any) -> None:
         write(*arguments)
-        monkeypatch.setattr(conversion, "_write_model", write)
+        monkeypatch.setattr(conversion, "write_model", write)
         convert(checkpoint, folder, formats, progress=False, **options)
         others.append(contents(folder))
 
-    monkeypatch.setattr(conversion, "_write_model", interfered)
+    monkeypatch.setattr(conversion, "write_model", interfered)
     with pytest.raises(ChatGLMError, match=told):
         convert(V2.checkpoint, folder, ("bf16",), add=True, progress=False)
     assert [contents(folder)] == others and names(tmp_path) == ["out"]

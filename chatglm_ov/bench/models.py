@@ -20,9 +20,9 @@ from chatglm_ov.checkpoint.model_weights import model_weights
 from chatglm_ov.checkpoint.prequantized import open_checkpoint
 from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
-from chatglm_ov.conversion.convert import convert_weights
 from chatglm_ov.conversion.converted_config import is_converted
 from chatglm_ov.conversion.plan import Plan, make_plan
+from chatglm_ov.conversion.write import convert_weights
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.presets import config_json, layers_field
 from chatglm_ov.runtime.loading import weight_formats

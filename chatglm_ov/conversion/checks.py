@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
 
 from chatglm_ov.checkpoint.trained_prefix import TrainedPrefix
 from chatglm_ov.config import parse_config, read_config_json
-from chatglm_ov.conversion.converted_config import is_converted
+from chatglm_ov.conversion.converted_config import converted_fields, is_converted
+from chatglm_ov.conversion.source_model import SourceModel
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.weights.formats import FORMATS
 from chatglm_ov.weights.ir import IR_NAME, read_description
@@ -57,24 +58,17 @@ def check_addable(target: Path, weight_formats: Sequence[str], overwrite: bool) 
         raise ChatGLMError(target, "weight_formats", f"{there[0]}, which is there", "other formats, or --overwrite")
 
 
-def check_same_model(
-    target: Path,
-    fields: Mapping[str, Any],
-    prefix: TrainedPrefix | None,
-    lora: str | None,
-    weight_formats: Sequence[str],
-) -> None:
+def check_same_model(target: Path, model: SourceModel, ops: str, weight_formats: Sequence[str]) -> None:
     """What is added to a converted folder fits the formats that stay there, as far as it can be told without reading
-    weights. fields: the config.json that it would have. lora: name of the adapter that is merged. weight_formats: those
-    that are written."""
-    stored = read_config_json(target)
+    weights. ops: fused or stock. weight_formats: those that are written."""
+    stored, fields = read_config_json(target), converted_fields(model.fields, model.config, ops)
     there, added = (_flat(json.loads(json.dumps(each))) for each in (stored, fields))
     for name in sorted(there.keys() | added.keys()):
         if there.get(name) != added.get(name):
             seen, wanted = (json.dumps(each.get(name), ensure_ascii=False) for each in (there, added))
             raise ChatGLMError(target / "config.json", name, seen, f"{wanted}, as in what is added")
     old = TrainedPrefix.load(target, parse_config(stored))
-    if old is not None and not old.equals(prefix):
+    if old is not None and not old.equals(model.prefix):
         raise ChatGLMError(target, "trained prefix", "another one", "that of what is added")
     for xml in target.glob(f"*/{IR_NAME}"):
         if xml.parent.name in weight_formats:
@@ -83,8 +77,8 @@ def check_same_model(
             merged = read_description(xml).get("lora")
         except ParseError as error:
             raise ChatGLMError(xml, "IR", f"unreadable ({error})", "an IR as `convert` writes it") from error
-        if merged != lora:
-            raise ChatGLMError(xml, "lora", merged or "none", f"{lora or 'none'}, as in what is added")
+        if merged != model.lora:
+            raise ChatGLMError(xml, "lora", merged or "none", f"{model.lora or 'none'}, as in what is added")
 
 
 def _flat(fields: dict[str, Any]) -> dict[str, Any]:

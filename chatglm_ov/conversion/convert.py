@@ -9,26 +9,18 @@ killed leaves nothing that looks finished.
 
 from __future__ import annotations
 
-import codecs
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from chatglm_ov.checkpoint.files import refuse_placeholder
-from chatglm_ov.checkpoint.lora import with_lora
-from chatglm_ov.checkpoint.model_weights import model_weights
-from chatglm_ov.checkpoint.prequantized import open_checkpoint
 from chatglm_ov.checkpoint.reader import Checkpoint
-from chatglm_ov.checkpoint.trained_prefix import TrainedPrefix, has_prefix, read_prefix
-from chatglm_ov.config import ArchitectureConfig, RopeRatioMeaning, parse_config
+from chatglm_ov.config import RopeRatioMeaning, parse_config
 from chatglm_ov.conversion.checks import (
     check_addable,
     check_apart,
@@ -36,21 +28,18 @@ from chatglm_ov.conversion.checks import (
     check_replaceable,
     check_same_model,
 )
-from chatglm_ov.conversion.converted_config import converted_fields, given_fields, is_converted, warn_of_doubtful_base
+from chatglm_ov.conversion.converted_config import given_fields, is_converted, warn_of_doubtful_base
 from chatglm_ov.conversion.finished_folder import check_disk, finished_or_nothing, remove_leftovers
-from chatglm_ov.conversion.graph import write_graph
 from chatglm_ov.conversion.plan import Plan, make_plan
+from chatglm_ov.conversion.source_model import SourceModel, opened_model
+from chatglm_ov.conversion.write import write_model, write_side_files
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.json_files import read_json_object
 from chatglm_ov.native import check_forced_level, unavailable
 from chatglm_ov.system.memory import available
 from chatglm_ov.system.sizes import size
-from chatglm_ov.tokenizer import save_tokenizer_files
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
-from chatglm_ov.weights.file import WeightsFile
-from chatglm_ov.weights.ir import WEIGHTS_NAME
 from chatglm_ov.weights.quantized import QuantizedTensor
-from chatglm_ov.weights.store import Progress, WeightStore
+from chatglm_ov.weights.store import Progress
 
 if TYPE_CHECKING:
     from chatglm_ov.calibration.text import Calibration
@@ -99,7 +88,8 @@ def convert(
     Raises ChatGLMError for anything that is wrong with the arguments, the checkpoint or the disk; then nothing is
     left behind.
     """
-    source, target, adapter = Path(checkpoint), Path(output), None if lora is None else Path(lora)
+    source, target = Path(checkpoint), Path(output)
+    adapter, encoder = (None if path is None else Path(path) for path in (lora, p_tuning))
     if ".." in target.parts:
         target = target.resolve()  # of a folder that is made on the way, `..` cannot be asked for yet
     fields = given_fields(source, rope_ratio_meaning, rope_theta, rope_scaling)
@@ -107,101 +97,72 @@ def convert(
     warn_of_doubtful_base(config)
     check_arguments(source, target, weight_formats, ops)
     text = None if calibration is None else calibration.source.path
-    for name, path in (("LoRA", adapter), ("P-Tuning", p_tuning), ("calibration text", text)):
+    for name, path in (("LoRA", adapter), ("P-Tuning", encoder), ("calibration text", text)):
         if path is not None:
-            check_apart(target, Path(path), name)
+            check_apart(target, path, name)
     if add:
         check_addable(target, weight_formats, overwrite)
     else:
         check_replaceable(target, overwrite)
     ops = available_ops(ops)
-    with open_checkpoint(source, fields) as stored, with_lora(stored, adapter, config) as merged:
-        weights = model_weights(config, merged)
-        prefix = _trained_prefix(config, stored, None if p_tuning is None else Path(p_tuning))
-        fields["pre_seq_len"] = None if prefix is None else prefix.length
-        lora_name = None if adapter is None else adapter.resolve().name
-        added = (converted_fields(fields, config, ops), prefix, lora_name, weight_formats)
+    with opened_model(source, fields, config, adapter, encoder) as model:
         if add:
-            check_same_model(target, *added)
-        _check_calibration(weights, weight_formats, calibration)
-        more_bytes = 0 if prefix is None else prefix.nbytes
-        sequences = _sequences(source, config, calibration)
-        tokens = sum(map(len, sequences))
-        plan = make_plan(config, weights, weight_formats, ops, choices, calibration, more_bytes, tokens)
+            check_same_model(target, model, ops, weight_formats)
+        _check_calibration(model, weight_formats, calibration)
+        sequences = _sequences(model, calibration)
+        more, tokens = 0 if model.prefix is None else model.prefix.nbytes, sum(map(len, sequences))
+        plan = make_plan(model.config, model.weights, weight_formats, ops, choices, calibration, more, tokens)
         log.info("%s", plan)
-        remove_leftovers(target)
-        check_disk(target, plan.disk_bytes + _OTHER_BYTES, ", ".join(plan.weight_formats))
-        if plan.memory_bytes > (free := available()):
-            log.warning("%s of memory are free: the system may end the conversion", size(free))
+        _check_room(target, plan)
         replaced = is_converted(target) and not add
         with finished_or_nothing(target.resolve(), overwrite or add, replaced) as partial:
             if not add:
-                _write_side_files(source, partial, fields, config, ops)
-                if prefix is not None:
-                    prefix.save(partial)
-            described = {} if lora_name is None else {"lora": lora_name}
-            with (
-                _calibrated(
-                    config, weights, plan, choices, calibration, sequences, partial, progress, prefix is not None
-                ) as calibrated,
-                _progress_bar(plan, progress) as report,
-            ):
-                for name in plan.weight_formats:
-                    used, told = calibrated.get(name, weights), described
-                    if calibration is not None and name in calibrated:
-                        told = {**described, "calibration": calibration.chosen_by(name)}
-                    _write_model(config, used, partial / name, name, ops, report, choices, told)
+                write_side_files(model, partial, ops)
+            with _calibrated(model, plan, choices, calibration, sequences, partial, progress) as calibrated:
+                _write_models(model, calibrated, partial, plan, ops, choices, calibration, progress)
             if add:
                 # Once more: a conversion takes long, and others may have been there.
                 check_addable(target, weight_formats, overwrite)
-                check_same_model(target, *added)
+                check_same_model(target, model, ops, weight_formats)
     return target
 
 
-def _trained_prefix(config: ArchitectureConfig, weights: Checkpoint, folder: Path | None) -> TrainedPrefix | None:
-    """The prefix in `folder`, or, without a folder, that of the checkpoint itself; None if it has none."""
-    if folder is not None:
-        with Checkpoint.open(folder) as tuned:
-            if not has_prefix(tuned):
-                raise ChatGLMError(folder, "prefix_encoder", "missing", "the tensors of a P-Tuning v2")
-            return read_prefix(tuned, config)
-    if has_prefix(weights):
-        return read_prefix(weights, config)
-    if config.pre_seq_len:
-        wanted = "0, or the folder with the trained prefix encoder: --p-tuning"
-        raise ChatGLMError(weights.folder / "config.json", "pre_seq_len", config.pre_seq_len, wanted)
-    return None
-
-
-def _check_calibration(weights: Checkpoint, weight_formats: Sequence[str], calibration: Calibration | None) -> None:
+def _check_calibration(model: SourceModel, weight_formats: Sequence[str], calibration: Calibration | None) -> None:
     if calibration is None:
         return
     if not set(calibration.weight_formats) & set(weight_formats):
         wanted = f"{' or '.join(calibration.weight_formats)} among the weight formats"
         raise ChatGLMError("convert", "calibration", calibration.label, wanted)
-    if any(isinstance(weights[name], QuantizedTensor) for name in weights.names):
-        raise ChatGLMError(weights.folder, "weights", "quantized already", "no calibration, or the original weights")
+    if any(isinstance(model.weights[name], QuantizedTensor) for name in model.weights.names):
+        raise ChatGLMError(model.folder, "weights", "quantized already", "no calibration, or the original weights")
 
 
-def _sequences(source: Path, config: ArchitectureConfig, calibration: Calibration | None) -> list[np.ndarray]:
+def _sequences(model: SourceModel, calibration: Calibration | None) -> list[np.ndarray]:
+    """Token ids of the calibration's text, int64 [tokens] each."""
     if calibration is None:
         return []
     from chatglm_ov.tokenizer import load_tokenizer
 
-    return calibration.sequences(load_tokenizer(source), config)
+    return calibration.sequences(load_tokenizer(model.folder), model.config)
+
+
+def _check_room(target: Path, plan: Plan) -> None:
+    """Raises ChatGLMError where the disk has no room for what is planned; a warning where the memory has none."""
+    remove_leftovers(target)
+    check_disk(target, plan.disk_bytes + _OTHER_BYTES, ", ".join(plan.weight_formats))
+    if plan.memory_bytes > (free := available()):
+        log.warning("%s of memory are free: the system may end the conversion", size(free))
 
 
 @contextmanager
 def _calibrated(
-    config: ArchitectureConfig,
-    weights: Checkpoint,
+    model: SourceModel,
     plan: Plan,
     choices: FormatChoices,
     calibration: Calibration | None,
     sequences: list[np.ndarray],
     folder: Path,
     progress: bool,
-    prefix: bool,
 ) -> Iterator[dict[str, Checkpoint]]:
     """By weight format, the weights with those that are chosen by the calibration and kept in `folder` for so long."""
     if calibration is None:
@@ -210,8 +171,8 @@ def _calibrated(
     from chatglm_ov.calibration.needs import calibrated_weights
     from chatglm_ov.calibration.run import calibrate
 
-    formats = calibrated_weights(config, choices, plan.weight_formats, calibration.methods)
-    total = sum(map(len, formats.values()))
+    formats = calibrated_weights(model.config, choices, plan.weight_formats, calibration.methods)
+    total, has_prefix = sum(map(len, formats.values())), model.prefix is not None
     with TemporaryDirectory(dir=folder) as kept:
         with tqdm(total=total, unit="weight", disable=not progress, desc=calibration.label) as bar:
 
@@ -219,8 +180,29 @@ def _calibrated(
                 bar.set_postfix_str(name, refresh=False)
                 bar.update()
 
-            chosen = calibrate(config, weights, formats, sequences, calibration.methods, Path(kept), report, prefix)
+            chosen = calibrate(
+                model.config, model.weights, formats, sequences, calibration.methods, Path(kept), report, has_prefix
+            )
         yield chosen
+
+
+def _write_models(
+    model: SourceModel,
+    calibrated: Mapping[str, Checkpoint],
+    folder: Path,
+    plan: Plan,
+    ops: str,
+    choices: FormatChoices,
+    calibration: Calibration | None,
+    progress: bool,
+) -> None:
+    with _progress_bar(plan, progress) as report:
+        for name in plan.weight_formats:
+            described = {} if model.lora is None else {"lora": model.lora}
+            if calibration is not None and name in calibrated:
+                described["calibration"] = calibration.chosen_by(name)
+            weights = calibrated.get(name, model.weights)
+            write_model(model.config, weights, folder / name, name, ops, report, choices, described)
 
 
 def available_ops(ops: str) -> str:
@@ -243,55 +225,3 @@ def _progress_bar(plan: Plan, shown: bool) -> Iterator[Progress]:
             bar.update(nbytes)
 
         yield report
-
-
-def _write_model(
-    config: ArchitectureConfig,
-    weights: Checkpoint,
-    folder: Path,
-    weight_format: str,
-    ops: str,
-    report: Progress,
-    choices: FormatChoices = DEFAULT_CHOICES,
-    described: Mapping[str, str | int] = MappingProxyType({}),
-) -> None:
-    """described: what the IR tells about itself beside what it always does."""
-    folder.mkdir()
-    with WeightsFile(folder / WEIGHTS_NAME) as file:
-        write_graph(config, WeightStore(weights, file, weight_format, report, choices), ops, described)
-
-
-def convert_weights(
-    weights: Checkpoint,
-    fields: dict[str, Any],
-    folder: Path,
-    weight_format: str,
-    ops: str,
-    report: Progress,
-    choices: FormatChoices = DEFAULT_CHOICES,
-) -> None:
-    """A converted folder of one weight format and nothing else, for measurements: config.json with `fields` and the
-    model. ops: fused or stock, as `available_ops` gives it."""
-    config = parse_config(fields)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", converted_fields(fields, config, ops))
-    _write_model(config, weights, folder / weight_format, weight_format, ops, report, choices)
-
-
-def _write_side_files(source: Path, folder: Path, fields: dict[str, Any], config: ArchitectureConfig, ops: str) -> None:
-    """config.json, generation_config.json, tokenizer files."""
-    _write_json(folder / "config.json", converted_fields(fields, config, ops))
-    generation = source / "generation_config.json"
-    if generation.exists():
-        refuse_placeholder(generation)
-        read_json_object(generation)
-        # transformers does not take a mark of encoding.
-        (folder / generation.name).write_bytes(generation.read_bytes().removeprefix(codecs.BOM_UTF8))
-    else:
-        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(folder / generation.name, {name: value for name, value in ids.items() if value is not None})
-    save_tokenizer_files(source, folder)
-
-
-def _write_json(path: Path, contents: dict[str, Any]) -> None:
-    path.write_text(json.dumps(contents, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
