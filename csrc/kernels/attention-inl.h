@@ -197,9 +197,9 @@ public:
     void run() {
         for (int64_t begin = tile_.begin; begin < end_; begin += kStepSlots) {
             const int64_t slots = std::min(kStepSlots, end_ - begin);
-            score(begin, slots);
-            for (int64_t row = 0; row < tile_.rows; ++row) soften(row, begin, slots);
-            weigh(begin, slots);
+            compute_scores(begin, slots);
+            for (int64_t row = 0; row < tile_.rows; ++row) update_softmax(row, begin, slots);
+            accumulate_values(begin, slots);
         }
         for (int64_t i = 0; i < tile_.rows * dim_; ++i) tile_.context[i] *= kUnit<Element>;
     }
@@ -225,7 +225,7 @@ private:
         return reinterpret_cast<const float*>(part) + slot % kBlockSlots;
     }
 
-    void score(int64_t begin, int64_t slots) {
+    void compute_scores(int64_t begin, int64_t slots) {
         for (int64_t at = 0; at < slots; at += kMostLines * kHalfSlots) {
             const Element *keys[kMostLines], *next[kMostLines];
             const int64_t halves = std::min<int64_t>(kMostLines, (slots - at + kHalfSlots - 1) / kHalfSlots);
@@ -249,7 +249,7 @@ private:
 
     // Scores of a row to p (int8: times the scale of the value), with the context and the sum of earlier steps brought
     // to the new maximum. Scores that the row does not see may be NaN: selection makes them -infinity, and their p 0.
-    void soften(int64_t row, int64_t begin, int64_t slots) {
+    void update_softmax(int64_t row, int64_t begin, int64_t slots) {
         float* weight = weight_ + row * kStepStride;
         const int64_t seen = std::clamp<int64_t>(tile_.visible[row] - begin, 0, slots);
         std::fill(weight + seen, weight + slots, 0.0f);
@@ -282,7 +282,7 @@ private:
         tile_.max[row] = max;
     }
 
-    void weigh(int64_t begin, int64_t slots) {
+    void accumulate_values(int64_t begin, int64_t slots) {
         for (int64_t at = 0; at < slots; at += kBlockSlots) {
             const Element* values = half(begin + at, tile_.layout.value_offset());
             const Element* next = ahead(begin, slots, round_up(slots, kBlockSlots) + at);

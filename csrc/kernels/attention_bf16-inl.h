@@ -58,7 +58,7 @@ protected:
 
     // Scores of a row to p, with the context and the sum of earlier steps brought to the new maximum. Slots that the
     // row does not see are left out by selection: their scores may be NaN.
-    void soften(int64_t row, int64_t begin, int64_t slots) {
+    void update_softmax(int64_t row, int64_t begin, int64_t slots) {
         float* scores = weight_ + row * kStepStride;
         const int64_t seen = std::clamp<int64_t>(tile_.visible[row] - begin, 0, slots);
         const int64_t whole = round_up(slots, kBlockSlots);

@@ -3,6 +3,7 @@
 #include <cpuid.h>
 #include <csetjmp>
 #include <csignal>
+#include <pthread.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -85,8 +86,14 @@ std::vector<Isa> all_levels() {
 
 bool survives(bool (*trial)()) {
     static sigjmp_buf before;
+    static pthread_t trying;
+    trying = pthread_self();
     struct sigaction leave {}, kept {};
-    leave.sa_handler = [](int) { siglongjmp(before, 1); };
+    leave.sa_handler = [](int) {
+        if (pthread_equal(pthread_self(), trying)) siglongjmp(before, 1);
+        // Another thread's own fault ends the process as it would have: the instruction is met again.
+        std::signal(SIGILL, SIG_DFL);
+    };
     if (sigaction(SIGILL, &leave, &kept) != 0) return false;
     volatile bool passed = false;
     if (sigsetjmp(before, 1) == 0) passed = trial();

@@ -3,17 +3,6 @@
 namespace chatglm {
 namespace {
 
-// A table of a level that has every kernel.
-KernelTable whole_table(const char* level, FullyConnectedKernel (*fully_connected)(WeightFormat),
-                        AttentionKernel attention, ElementwiseKernel elementwise, LimitKernel limit) {
-    return {level,
-            {fully_connected(WeightFormat::f32), fully_connected(WeightFormat::bf16),
-             fully_connected(WeightFormat::int8), fully_connected(WeightFormat::int4)},
-            attention,
-            elementwise,
-            limit};
-}
-
 // A table with the kernels in it that use tiles.
 KernelTable with_tiles(const char* name, KernelTable level, FullyConnectedKernel (*fully_connected)(WeightFormat),
                        AttentionKernel attention) {
@@ -29,7 +18,12 @@ KernelTable with_tiles(const char* name, KernelTable level, FullyConnectedKernel
 
 namespace avx2 {
 const KernelTable& table() {
-    static const KernelTable table = whole_table("avx2", fully_connected, attention(), elementwise(), limit());
+    static const KernelTable table{
+        "avx2",
+        {fully_connected_f32(), fully_connected_bf16(), fully_connected_int8(), fully_connected_int4()},
+        attention(),
+        elementwise(),
+        limit()};
     return table;
 }
 }  // namespace avx2
@@ -50,7 +44,12 @@ const KernelTable& table() {
 
 namespace avx512 {
 const KernelTable& table() {
-    static const KernelTable table = whole_table("avx512", fully_connected, attention(), elementwise(), limit());
+    static const KernelTable table{
+        "avx512",
+        {fully_connected_f32(), fully_connected_bf16(), fully_connected_int8(), fully_connected_int4()},
+        attention(),
+        elementwise(),
+        limit()};
     return table;
 }
 }  // namespace avx512

@@ -7,7 +7,10 @@ namespace chatglm {
 
 namespace avx2 {
 const KernelTable& table();
-FullyConnectedKernel fully_connected(WeightFormat format);
+FullyConnectedKernel fully_connected_f32();
+FullyConnectedKernel fully_connected_bf16();
+FullyConnectedKernel fully_connected_int8();
+FullyConnectedKernel fully_connected_int4();
 AttentionKernel attention();
 ElementwiseKernel elementwise();
 LimitKernel limit();
@@ -23,7 +26,10 @@ LimitKernel limit();
 
 namespace avx512 {
 const KernelTable& table();
-FullyConnectedKernel fully_connected(WeightFormat format);
+FullyConnectedKernel fully_connected_f32();
+FullyConnectedKernel fully_connected_bf16();
+FullyConnectedKernel fully_connected_int8();
+FullyConnectedKernel fully_connected_int4();
 AttentionKernel attention();
 ElementwiseKernel elementwise();
 LimitKernel limit();

@@ -26,6 +26,8 @@ public:
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
+    int64_t threads() const { return threads_; }
+
     // Calls body(begin, end) for pieces of [0, count) that start at multiples of `step`: about `pieces_per_thread` for
     // each thread, taken one by one. Each thread has a part of them that lies together; one that is done takes from
     // others, so that a core that is busy elsewhere does not decide the time. Throws what a body threw first, after

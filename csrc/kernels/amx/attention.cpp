@@ -46,9 +46,9 @@ public:
         for (int64_t begin = tile_.begin; begin < end_; begin += kStepSlots) {
             const int64_t slots = std::min(kStepSlots, end_ - begin);
             plan(begin, slots);
-            for (int64_t at = 0; at < slots; at += 2 * kBlockSlots) score(weight_ + at);
-            for (int64_t row = 0; row < tile_.rows; ++row) soften(row, begin, slots);
-            weigh((slots + kBlockSlots - 1) / kBlockSlots);
+            for (int64_t at = 0; at < slots; at += 2 * kBlockSlots) compute_scores(weight_ + at);
+            for (int64_t row = 0; row < tile_.rows; ++row) update_softmax(row, begin, slots);
+            accumulate_values((slots + kBlockSlots - 1) / kBlockSlots);
         }
     }
 
@@ -91,7 +91,7 @@ private:
     }
 
     // Scores of 64 slots.
-    void score(float* scores) {
+    void compute_scores(float* scores) {
         zero_sums();
         for (int64_t d = 0; d < dim_; d += 32) {
             const uint16_t* query = query_ + d * 2 * tile_.rows;
@@ -118,7 +118,7 @@ private:
     }
 
     // Adds p times values to the context, 64 dims at a time, or the last 32.
-    void weigh(int64_t blocks) {
+    void accumulate_values(int64_t blocks) {
         const int64_t stride = dim_ * 4;
         for (int64_t d = 0; d < dim_; d += 64) {
             float* context = tile_.context + d;

@@ -1,7 +1,9 @@
-// The FullyConnected kernels of this level, a file for two formats each.
+// What the two files of FullyConnected kernels here share.
 #pragma once
 
-#include "kernels/table.h"
+#include <cstdint>
+
+#include "kernels/levels.h"
 
 namespace chatglm::avx2 {
 
@@ -11,10 +13,5 @@ constexpr int64_t kPanelsAtATime = 8;
 // Codes are prefetched this far ahead: a mapped file has pages of 4 KB, at whose ends the processor's own prefetcher
 // stops.
 constexpr int kPrefetchBytes = 2048;
-
-FullyConnectedKernel fully_connected_f32();
-FullyConnectedKernel fully_connected_bf16();
-FullyConnectedKernel fully_connected_int8();
-FullyConnectedKernel fully_connected_int4();
 
 }  // namespace chatglm::avx2

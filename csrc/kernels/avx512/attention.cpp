@@ -79,9 +79,9 @@ public:
     void run() {
         for (int64_t begin = tile_.begin; begin < end_; begin += kStepSlots) {
             const int64_t slots = std::min(kStepSlots, end_ - begin);
-            score(begin, slots);
-            for (int64_t row = 0; row < tile_.rows; ++row) soften(row, begin, slots);
-            weigh(begin, slots);
+            compute_scores(begin, slots);
+            for (int64_t row = 0; row < tile_.rows; ++row) update_softmax(row, begin, slots);
+            accumulate_values(begin, slots);
         }
     }
 
@@ -124,7 +124,7 @@ private:
         return {half(later, 0), half(slot, tile_.layout.value_offset())};
     }
 
-    void score(int64_t begin, int64_t slots) {
+    void compute_scores(int64_t begin, int64_t slots) {
         for (int64_t at = 0; at < slots; at += kMostLines * kHalfSlots) {
             const uint8_t* keys[kMostLines];
             Ahead next[kMostLines];
@@ -169,7 +169,7 @@ private:
 
     // Scores of a row to words of p times the scale of its value, with the context and the sum of earlier steps brought
     // to the new maximum. What the row does not see, scales included, may be NaN: selection leaves it out.
-    void soften(int64_t row, int64_t begin, int64_t slots) {
+    void update_softmax(int64_t row, int64_t begin, int64_t slots) {
         float* weight = weight_ + row * kStepStride;
         int16_t* words = words_ + row * kStepSlots;
         const int64_t seen = std::clamp<int64_t>(tile_.visible[row] - begin, 0, slots);
@@ -204,7 +204,7 @@ private:
         tile_.max[row] = max;
     }
 
-    void weigh(int64_t begin, int64_t slots) {
+    void accumulate_values(int64_t begin, int64_t slots) {
         split_rows<kMostWordRows>(0, tile_.rows, [&](auto rows, int64_t row) {
             split_lines<kLinesOf<rows()>>(dim_ / 16, [&](auto count, int64_t group) {
                 multiply_values<rows(), count()>(row, group, begin, slots);

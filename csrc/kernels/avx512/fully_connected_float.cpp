@@ -1,8 +1,8 @@
 // FullyConnected for f32 and bf16 weights, both multiplied as float32.
 #include <cstring>
 
-#include "kernels/avx512/fully_connected.h"
 #include "kernels/fully_connected_float-inl.h"
+#include "kernels/levels.h"
 
 namespace chatglm {
 namespace {

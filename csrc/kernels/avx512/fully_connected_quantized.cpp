@@ -1,5 +1,5 @@
-#include "kernels/avx512/fully_connected.h"
 #include "kernels/fully_connected_vnni-inl.h"
+#include "kernels/levels.h"
 
 namespace chatglm::avx512 {
 

@@ -33,9 +33,9 @@ public:
     void run() {
         for (int64_t begin = tile_.begin; begin < end_; begin += kStepSlots) {
             const int64_t slots = std::min(kStepSlots, end_ - begin);
-            score(begin, slots);
-            for (int64_t row = 0; row < tile_.rows; ++row) soften(row, begin, slots);
-            weigh(begin, slots);
+            compute_scores(begin, slots);
+            for (int64_t row = 0; row < tile_.rows; ++row) update_softmax(row, begin, slots);
+            accumulate_values(begin, slots);
         }
     }
 
@@ -61,7 +61,7 @@ private:
         return keys((later < tile_.ahead_end ? later : begin) / kBlockSlots);
     }
 
-    void score(int64_t begin, int64_t slots) {
+    void compute_scores(int64_t begin, int64_t slots) {
         for (int64_t at = 0; at < slots; at += kMostLines * kHalfSlots) {
             const uint8_t *lines[kMostLines], *next[kMostLines];
             const int64_t halves = std::min<int64_t>(kMostLines, (slots - at + kHalfSlots - 1) / kHalfSlots);
@@ -103,7 +103,7 @@ private:
         }
     }
 
-    void weigh(int64_t begin, int64_t slots) {
+    void accumulate_values(int64_t begin, int64_t slots) {
         for (int64_t at = 0; at < slots; at += kBlockSlots) {
             const uint8_t* block = values((begin + at) / kBlockSlots);
             const uint8_t* next = behind_values(begin, slots, at);

@@ -3,6 +3,7 @@
 // With few rows, where reading the weights is all that takes time, x stays float32 as in the level below.
 #include <cstring>
 
+#include "kernels/by_rows-inl.h"
 #include "kernels/fully_connected_float-inl.h"
 #include "kernels/levels.h"
 
@@ -38,21 +39,9 @@ struct Dot {
     }
 };
 
-FullyConnectedKernel kernel_for(int64_t rows) {
-    return rows <= kFloatRows ? avx512::fully_connected(WeightFormat::bf16) : kernel<Dot>();
-}
-
-int64_t choose_prepared_bytes(const PackedLayout& layout, int64_t rows, int activation_bits) {
-    return kernel_for(rows).prepared_bytes(layout, rows, activation_bits);
-}
-
-void choose_prepare(const PackedLayout& layout, int64_t rows, int activation_bits, const float* x, int64_t x_stride,
-                    int64_t begin, int64_t end, void* prepared) {
-    kernel_for(rows).prepare(layout, rows, activation_bits, x, x_stride, begin, end, prepared);
-}
-
-void choose_multiply(const FullyConnectedTask& task, int64_t begin, int64_t end) {
-    kernel_for(task.rows).multiply(task, begin, end);
+const FullyConnectedKernel& choose(int64_t rows) {
+    static const FullyConnectedKernel few = avx512::fully_connected_bf16(), many = kernel<Dot>();
+    return rows <= kFloatRows ? few : many;
 }
 
 }  // namespace
@@ -60,7 +49,7 @@ void choose_multiply(const FullyConnectedTask& task, int64_t begin, int64_t end)
 namespace avx512_bf16 {
 
 FullyConnectedKernel fully_connected_bf16() {
-    return {choose_prepared_bytes, choose_prepare, choose_multiply};
+    return ByRows<choose>::kernel();
 }
 
 }  // namespace avx512_bf16
