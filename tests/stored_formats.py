@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from chatglm_ov.weight_formats import WeightFormat
 from chatglm_ov.weights.choices import DEFAULT_CHOICES
-from chatglm_ov.weights.formats import WeightFormat
 
 
 def stored_format(model_format: str, columns: int, table: bool = False) -> WeightFormat:

@@ -26,8 +26,8 @@ from chatglm_ov.models import architecture
 from chatglm_ov.native import native
 from chatglm_ov.runtime.ir_reading import read_ir
 from chatglm_ov.runtime.loading import load_model
+from chatglm_ov.weight_formats import FORMATS, GROUP_SIZES, WeightFormat, int4_format
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices, LayerFormats, read_layer_formats
-from chatglm_ov.weights.formats import FORMATS, GROUP_SIZES, WeightFormat, int4_format
 from chatglm_ov.weights.ir import IR_NAME
 
 DOWN = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stored_formats import stored_format
 
-from chatglm_ov.weights.formats import FORMATS, LARGEST_INT4, SMALLEST_SCALE, pack_u4
+from chatglm_ov.weight_formats import FORMATS, LARGEST_INT4, SMALLEST_SCALE, pack_u4
 
 UNIT = 2.0**-24
 """Unit roundoff of float32."""

@@ -15,7 +15,7 @@ from tokenizer_cases import TESTS, fast_folder, tokenizer_of
 from chatglm_ov import ChatGLMError, load_tokenizer
 from chatglm_ov.chat import chat_format_for
 from chatglm_ov.tokenizer import TextStream
-from chatglm_ov.tokenizer.unicode import whole_characters
+from chatglm_ov.unicode import whole_characters
 
 pytestmark = pytest.mark.transformers_matrix
 

@@ -15,8 +15,8 @@ from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.native import native, unavailable
 from chatglm_ov.runtime.kv_cache import BLOCK_SLOTS
+from chatglm_ov.weight_formats import FORMATS, WeightFormat
 from chatglm_ov.weights.file import WeightsFile
-from chatglm_ov.weights.formats import FORMATS, WeightFormat
 from chatglm_ov.weights.packing import PADDING, PANEL, PackedWeight, filled, gate_up_rows, layout_of
 from chatglm_ov.weights.store import WeightStore
 

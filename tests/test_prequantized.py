@@ -33,8 +33,8 @@ from chatglm_ov.native import native
 from chatglm_ov.presets import config_json
 from chatglm_ov.runtime.ir_reading import read_ir
 from chatglm_ov.runtime.loading import load_model
+from chatglm_ov.weight_formats import FORMATS, int4_format
 from chatglm_ov.weights.choices import FormatChoices
-from chatglm_ov.weights.formats import FORMATS, int4_format
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 F32_TABLES = FormatChoices(lm_head_format="f32", embedding_format="f32")

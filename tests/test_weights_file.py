@@ -23,9 +23,9 @@ from chatglm_ov.config import load_config
 from chatglm_ov.lowering.stock import StockLowering
 from chatglm_ov.models import architecture
 from chatglm_ov.models.chatglm2 import EMBEDDING, LM_HEAD, qkv_rows
+from chatglm_ov.weight_formats import FORMATS
 from chatglm_ov.weights import paged_file
 from chatglm_ov.weights.file import ALIGNMENT, WeightsFile
-from chatglm_ov.weights.formats import FORMATS
 from chatglm_ov.weights.ir import write_ir
 from chatglm_ov.weights.paged_file import PAGE_BYTES
 from chatglm_ov.weights.store import WeightStore

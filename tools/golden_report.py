@@ -28,7 +28,7 @@ from chatglm_ov import convert
 from chatglm_ov.conversion.checks import OPS
 from chatglm_ov.conversion.convert import available_ops
 from chatglm_ov.runtime.loading import CompiledModel, load_model
-from chatglm_ov.weights.formats import FORMATS
+from chatglm_ov.weight_formats import FORMATS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

@@ -23,7 +23,7 @@ from chatglm_ov.config import load_config
 from chatglm_ov.models import architecture
 from chatglm_ov.runtime.ir_reading import read_ir
 from chatglm_ov.tokenizer import load_tokenizer
-from chatglm_ov.weights.formats import GROUP_SIZE
+from chatglm_ov.weight_formats import GROUP_SIZE
 from chatglm_ov.weights.ir import IR_NAME, RT_INFO
 
 METHODS = {"plain": {}, "awq": {"awq": True}, "scale": {"awq": True, "scale_estimation": True}, "gptq": {"gptq": True}}

@@ -63,8 +63,8 @@ class EagerLowering:
         self._config, self._sequences, self._observe = config, sequences, observe
         self._core = ov.Core()
 
-    def inputs(self, *, position_rows: int = 1, prefix: bool = False) -> None:
-        self._position_rows, self._prefix = position_rows, prefix
+    def inputs(self, rotary: Rotary, *, prefix: bool = False) -> None:
+        self._rotary, self._prefix = rotary, prefix
 
     def embedding(self, name: str, *, tied: bool = False) -> np.ndarray:
         return self.weights.checkpoint[name].rows(np.concatenate(self._sequences))
@@ -98,10 +98,10 @@ class EagerLowering:
 
         return self._each_token(word, x) if residual is None else self._each_token(word, x, residual)
 
-    def attention(self, qkv: np.ndarray, layer: int, shape: AttentionShape, rotary: Rotary) -> np.ndarray:
+    def attention(self, qkv: np.ndarray, layer: int, shape: AttentionShape) -> np.ndarray:
         def word(g: StockLowering, qkv: ov.Node) -> ov.Node:
-            g.inputs(position_rows=self._position_rows, prefix=self._prefix)
-            return g.attention(qkv, layer, shape, rotary)
+            g.inputs(self._rotary, prefix=self._prefix)
+            return g.attention(qkv, layer, shape)
 
         request = self._compiled(word, qkv.shape[1]).create_infer_request()
         context = np.empty((len(qkv), shape.num_attention_heads * shape.head_dim), np.float32)

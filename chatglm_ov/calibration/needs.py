@@ -8,8 +8,8 @@ from chatglm_ov.calibration.text import calibrated_formats
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture, graph_shapes
+from chatglm_ov.weight_formats import WeightFormat
 from chatglm_ov.weights.choices import FormatChoices
-from chatglm_ov.weights.formats import WeightFormat
 
 INT8_ROWS = 8192
 """Rows of an int8 weight that are chosen at once."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from chatglm_ov.calibration.moments import InputMoments
-from chatglm_ov.weights.formats import SMALLEST_SCALE
+from chatglm_ov.weight_formats import SMALLEST_SCALE
 
 LEVELS = {"int4": 15, "int8": 254}
 """Steps of a range. Those of int8 are codes -127..127, 127 lower than here."""

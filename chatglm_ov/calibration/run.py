@@ -21,15 +21,14 @@ from chatglm_ov.calibration.needs import INT8_ROWS
 from chatglm_ov.calibration.rounding import LEVELS, ROWS, Compensation, Grid, clipped, grouped
 from chatglm_ov.calibration.scaling import column_scales
 from chatglm_ov.checkpoint.files import open_weight_file, save_safetensors
-from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor
+from chatglm_ov.checkpoint.quantized import Parts, QuantizedTensor
+from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor, checked
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
 from chatglm_ov.models.folds import Fold
 from chatglm_ov.system.processors import quota_threads
-from chatglm_ov.weights.formats import WeightFormat, pack_u4, unpack_u4
-from chatglm_ov.weights.quantized import Parts, QuantizedTensor
-from chatglm_ov.weights.store import checked
+from chatglm_ov.weight_formats import WeightFormat, pack_u4, unpack_u4
 
 Report = Callable[[str], None]
 """Called with the name of each weight that was chosen, once for each model format."""

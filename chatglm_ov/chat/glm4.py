@@ -11,7 +11,7 @@ from chatglm_ov.chat.base import ChatDefaults, Message
 from chatglm_ov.chat.roles import ROLE_STOPS, RolesFormat, as_objects
 from chatglm_ov.chat.templates import GLM4_TEMPLATE, render, template_of
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.tokenizer.unicode import whole_characters
+from chatglm_ov.unicode import whole_characters
 
 _TOOLS_OF_A_MESSAGE = re.compile(r"""\[\s*["']tools["']\s*\]|\.\s*tools\b|\bget\(\s*["']tools["']""")
 

@@ -23,13 +23,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from chatglm_ov.checkpoint.files import FLOATS
-from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor
+from chatglm_ov.checkpoint.quantized import QuantizedTensor
+from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor, checked
 from chatglm_ov.config import ArchitectureConfig, field_error
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.json_files import read_json_object
 from chatglm_ov.models import architecture
-from chatglm_ov.weights.quantized import QuantizedTensor
-from chatglm_ov.weights.store import checked
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from chatglm_ov.checkpoint.files import FLOATS
-from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor
+from chatglm_ov.checkpoint.quantized import Parts, QuantizedTensor
+from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor, checked
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
-from chatglm_ov.weights.formats import int4_format
-from chatglm_ov.weights.quantized import Parts, QuantizedTensor
-from chatglm_ov.weights.store import checked
+from chatglm_ov.weight_formats import int4_format
 
 
 def model_weights(config: ArchitectureConfig, weights: Checkpoint) -> Checkpoint:

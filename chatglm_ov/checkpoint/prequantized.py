@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 
 from chatglm_ov.checkpoint.files import FLOATS
-from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor
+from chatglm_ov.checkpoint.quantized import Parts, QuantizedTensor
+from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor, checked
 from chatglm_ov.config import ArchitectureConfig, parse_config
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.json_files import read_json_object
 from chatglm_ov.models import architecture
-from chatglm_ov.weights.formats import FORMATS, GROUP_SIZE, GROUP_SIZES, WeightFormat, int4_format
-from chatglm_ov.weights.quantized import Parts, QuantizedTensor
-from chatglm_ov.weights.store import checked
+from chatglm_ov.weight_formats import FORMATS, GROUP_SIZE, GROUP_SIZES, WeightFormat, int4_format
 
 CONFIG_FIELDS = ("quantization_bit", "quantization_config")
 """Fields of config.json that a converted model has no use for."""

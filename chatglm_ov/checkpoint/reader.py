@@ -61,6 +61,15 @@ class Tensor(ABC):
         return
 
 
+def checked(tensor: Tensor, values: np.ndarray, largest: float = float("inf")) -> np.ndarray:
+    """`values` themselves. One NaN or infinity would spoil the scale of its row, and every sum it enters."""
+    fit = np.isfinite(values) if largest == float("inf") else np.abs(values) <= largest
+    if not fit.all():
+        wanted = "a finite number" if largest == float("inf") else f"at most {largest:g}, what its format can hold"
+        raise ChatGLMError(tensor.file, f"a value of {tensor.name}", values[~fit][0], wanted)
+    return values
+
+
 @dataclass(frozen=True)
 class FileTensor(Tensor):
     """A tensor as a file holds it."""

@@ -133,8 +133,8 @@ def default_formats(checkpoint: Path) -> Sequence[str]:
 
 
 def _choices(arguments: argparse.Namespace, formats: Sequence[str]) -> FormatChoices:
+    from chatglm_ov.weight_formats import GROUP_SIZE
     from chatglm_ov.weights.choices import FormatChoices, read_layer_formats
-    from chatglm_ov.weights.formats import GROUP_SIZE
 
     layers = {} if arguments.layer_formats is None else read_layer_formats(arguments.layer_formats)
     used = {*formats, arguments.lm_head_format, *layers.values()}

@@ -25,7 +25,7 @@ from chatglm_ov.runtime.loading import Settings, default_weight_format, load_mod
 from chatglm_ov.system.processors import THREADS
 from chatglm_ov.tokenizer import detect_family
 from chatglm_ov.tokenizer.files import FAST_FILE, MODEL_FILE, V1_FILE
-from chatglm_ov.weights.formats import FORMATS
+from chatglm_ov.weight_formats import FORMATS
 from chatglm_ov.weights.graph_file import GraphFile
 from chatglm_ov.weights.ir import IR_NAME, RT_INFO, WEIGHTS_NAME
 

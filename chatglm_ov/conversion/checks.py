@@ -14,7 +14,7 @@ from chatglm_ov.config import parse_config, read_config_json
 from chatglm_ov.conversion.converted_config import converted_fields, is_converted
 from chatglm_ov.conversion.source_model import SourceModel
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.weights.formats import FORMATS
+from chatglm_ov.weight_formats import FORMATS
 from chatglm_ov.weights.ir import IR_NAME, read_description
 
 OPS = ("fused", "stock")

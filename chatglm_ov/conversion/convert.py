@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from chatglm_ov.checkpoint.quantized import QuantizedTensor
 from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.config import RopeRatioMeaning, parse_config
 from chatglm_ov.conversion.checks import (
@@ -38,7 +39,6 @@ from chatglm_ov.native import check_forced_level, unavailable
 from chatglm_ov.system.memory import available
 from chatglm_ov.system.sizes import size
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
-from chatglm_ov.weights.quantized import QuantizedTensor
 from chatglm_ov.weights.store import Progress
 
 if TYPE_CHECKING:

@@ -47,10 +47,11 @@ class AttentionShape:
 class Lowering(Protocol):
     """`Any` stands for a graph value [B, L, features] of the lowering's own kind."""
 
-    def inputs(self, *, position_rows: int = 1, prefix: bool = False) -> None:
-        """Declare the model inputs: input_ids i64 [B, L], attention_mask i64 [B, T], position_ids i64 [B, L]
-        (or [B, position_rows, L]), beam_idx i32 [B], and with `prefix` prefix_length i64 [B], the leading columns
-        that every row sees. A lowering may have logits_to_keep i64 [1] too, which others are given at load."""
+    def inputs(self, rotary: Rotary, *, prefix: bool = False) -> None:
+        """Declare the model inputs: input_ids i64 [B, L], attention_mask i64 [B, T], position_ids i64 [B, L] (or
+        [B, rows, L], where `rotary` has several rows of positions), beam_idx i32 [B], and with `prefix` prefix_length
+        i64 [B], the leading columns that every row sees. `rotary` is that of all layers. A lowering may have
+        logits_to_keep i64 [1] too, which others are given at load."""
 
     def embedding(self, name: str, *, tied: bool = False) -> Any:
         """Rows of the table `name` for input_ids: [B, L, hidden_size]. `tied`: it is the LM head's table too."""
@@ -78,8 +79,8 @@ class Lowering(Protocol):
         """activation(x W^T + bias) + residual_scale * residual. `rows` reorders the output features (weight rows
         and bias). `silu_gate`: the first half of the features is the gate, silu(gate) * up."""
 
-    def attention(self, qkv: Any, layer: int, shape: AttentionShape, rotary: Rotary) -> Any:
-        """Rotary, append to the cache, attention. qkv [B, L, (H + 2G) D] in planes q, k, v -> [B, L, H D]."""
+    def attention(self, qkv: Any, layer: int, shape: AttentionShape) -> Any:
+        """Rotary embedding, append to the cache, attention. qkv [B, L, (H + 2G) D] in planes q, k, v -> [B, L, H D]."""
 
     def lm_head(self, x: Any, name: str) -> Any:
         """Logits f32 [B, L, V], or [B, kept, V] of the last logits_to_keep positions, 0 meaning all of them."""

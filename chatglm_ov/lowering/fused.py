@@ -5,7 +5,7 @@ compute in.
 
 A layer's cache is one variable of bytes, in blocks of slots as csrc/kernels/cache_layout.h has them. Attention writes
 into the value that it reads, and what is assigned is that value: the CPU plugin keeps one buffer for it and copies
-nothing (`chatglm_ov.passes.in_place` tests that, and knows what to do where it does not hold). Which row of the cache
+nothing (`chatglm_ov.runtime.in_place` tests that, and knows what to do where it does not hold). Which row of the cache
 holds a block is told by the variable `beam_table`, so that a reorder moves no keys or values: a beam copies the block
 that it has begun, if it shares that, and reads all others where they lie. States begin empty: whoever runs the model
 gives the caches their memory (`chatglm_ov.runtime.kv_cache`), before the first inference and after reset_state.
@@ -34,8 +34,11 @@ class FusedLowering(GraphLowering):
     name = "fused"
     weights: WeightStore
 
-    def inputs(self, *, position_rows: int = 1, prefix: bool = False) -> None:
-        super().inputs(position_rows=position_rows, prefix=prefix)
+    def inputs(self, rotary: Rotary, *, prefix: bool = False) -> None:
+        super().inputs(rotary, prefix=prefix)
+        rows = self._angle_rows(rotary)
+        angles = rows[0] if len(rows) == 1 else ops.concat(rows, -1)
+        self._cos_sin = self._cos_and_sin(angles, rotary)  # f32 [B, L, R / 2], of all layers
         self._logits_to_keep = self.input(LOGITS_TO_KEEP, [1], np.int64)
         self._ids = ops.convert(self.input_ids, "i32")
         columns = [ops.convert(self.attention_mask, "i32"), self._ids, self.beam_idx]
@@ -101,26 +104,18 @@ class FusedLowering(GraphLowering):
             residual_scale=residual_scale,
         )
 
-    def attention(self, qkv: ov.Node, layer: int, shape: AttentionShape, rotary: Rotary) -> ov.Node:
+    def attention(self, qkv: ov.Node, layer: int, shape: AttentionShape) -> ov.Node:
         variable = self._variable(f"{CACHE}{layer}", ov.Type.u8, [-1, -1, -1, -1])
         cache = ops.read_value(self._empty(np.uint8(0), 4), variable)
         self._sinks.append(ops.assign(cache, variable))
         return operation(
             "MultiHeadAttention",
-            [qkv, *self._cos_sin(rotary), *self._slots.outputs(), cache],
+            [qkv, *self._cos_sin, *self._slots.outputs(), cache],
             num_attention_heads=shape.num_attention_heads,
             num_key_value_heads=shape.num_key_value_heads,
             head_dim=shape.head_dim,
             in_place=1,
         )
-
-    def _cos_sin(self, rotary: Rotary) -> tuple[ov.Node, ov.Node]:
-        """cos and sin f32 [B, L, R / 2] of the angles, one computation for all layers."""
-        if id(rotary) not in self._angles:
-            rows = self._angle_rows(rotary)
-            angles = rows[0] if len(rows) == 1 else ops.concat(rows, -1)
-            self._angles[id(rotary)] = self._cos_and_sin(angles, rotary)
-        return self._angles[id(rotary)]
 
     def lm_head(self, x: ov.Node, name: str) -> ov.Node:
         table = self.weights.packed_lm_head(name)

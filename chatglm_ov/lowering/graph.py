@@ -61,10 +61,10 @@ class GraphLowering:
         self.weights = weights
         self._parameters: list[ov.Node] = []
         self._sinks: list[ov.Node] = []
-        self._angles: dict[int, Any] = {}
 
-    def inputs(self, *, position_rows: int = 1, prefix: bool = False) -> None:
-        position_shape = [-1, -1] if position_rows == 1 else [-1, position_rows, -1]
+    def inputs(self, rotary: Rotary, *, prefix: bool = False) -> None:
+        rows = rotary.inv_freq.shape[0]
+        position_shape = [-1, -1] if rows == 1 else [-1, rows, -1]
         self.input_ids = self.input("input_ids", [-1, -1], np.int64)
         self.attention_mask = self.input("attention_mask", [-1, -1], np.int64)
         self.position_ids = self.input("position_ids", position_shape, np.int64)

@@ -28,8 +28,12 @@ class StockLowering(GraphLowering):
 
     name = "stock"
 
-    def inputs(self, *, position_rows: int = 1, prefix: bool = False) -> None:
-        super().inputs(position_rows=position_rows, prefix=prefix)
+    def inputs(self, rotary: Rotary, *, prefix: bool = False) -> None:
+        super().inputs(rotary, prefix=prefix)
+        rows = self._angle_rows(rotary)
+        angles = ops.unsqueeze(ops.concat(rows + rows, -1), i64(1))
+        self._cos_sin = self._cos_and_sin(angles, rotary)  # f32 [B, 1, L, R], of all layers
+        self._rotary_dim = rotary.dim
         self._batch = ops.gather(ops.shape_of(self.input_ids), i64(0), scalar(0))
         self._mask = self._attention_mask()
 
@@ -124,11 +128,11 @@ class StockLowering(GraphLowering):
         halves = ops.split(gate_up, scalar(2), 2)
         return ops.multiply(ops.swish(halves.output(0)), halves.output(1))
 
-    def attention(self, qkv: ov.Node, layer: int, shape: AttentionShape, rotary: Rotary) -> ov.Node:
+    def attention(self, qkv: ov.Node, layer: int, shape: AttentionShape) -> ov.Node:
         heads, groups, dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
         planes = ops.variadic_split(qkv, scalar(-1), i64(heads * dim, groups * dim, groups * dim))
-        query = self._rotated(self._heads(planes.output(0), heads, dim), rotary)
-        key = self._rotated(self._heads(planes.output(1), groups, dim), rotary)
+        query = self._rotated(self._heads(planes.output(0), heads, dim))
+        key = self._rotated(self._heads(planes.output(1), groups, dim))
         value = self._heads(planes.output(2), groups, dim)
         key = self._repeated(self._cached(key, f"past_key_values.{layer}.key", groups, dim), heads, groups, dim)
         value = self._repeated(self._cached(value, f"past_key_values.{layer}.value", groups, dim), heads, groups, dim)
@@ -141,28 +145,19 @@ class StockLowering(GraphLowering):
         """[B, L, heads D] -> [B, heads, L, D]."""
         return ops.transpose(ops.reshape(plane, i64(0, 0, heads, dim), True), i64(0, 2, 1, 3))
 
-    def _rotated(self, x: ov.Node, rotary: Rotary) -> ov.Node:
+    def _rotated(self, x: ov.Node) -> ov.Node:
         """Rotate-half over the first R dims of x [B, heads, L, D]; the others pass through."""
-        cos, sin = self._cos_sin(rotary)
-        rest = x.get_output_partial_shape(0)[3].get_length() - rotary.dim
+        rest = x.get_output_partial_shape(0)[3].get_length() - self._rotary_dim
         if rest == 0:
-            return self._rotate_half(x, cos, sin, rotary.dim)
-        head = ops.variadic_split(x, scalar(3), i64(rotary.dim, rest))
-        return ops.concat([self._rotate_half(head.output(0), cos, sin, rotary.dim), head.output(1)], -1)
+            return self._rotate_half(x)
+        head = ops.variadic_split(x, scalar(3), i64(self._rotary_dim, rest))
+        return ops.concat([self._rotate_half(head.output(0)), head.output(1)], -1)
 
-    @staticmethod
-    def _rotate_half(x: Any, cos: ov.Node, sin: ov.Node, dim: int) -> ov.Node:
-        half = ops.variadic_split(x, scalar(3), i64(dim // 2, dim // 2))
+    def _rotate_half(self, x: Any) -> ov.Node:
+        (cos, sin), half_dim = self._cos_sin, self._rotary_dim // 2
+        half = ops.variadic_split(x, scalar(3), i64(half_dim, half_dim))
         turned = ops.concat([ops.multiply(half.output(1), np.float32(-1)), half.output(0)], -1)
         return ops.add(ops.multiply(x, cos), ops.multiply(turned, sin))
-
-    def _cos_sin(self, rotary: Rotary) -> tuple[ov.Node, ov.Node]:
-        """cos and sin f32 [B, 1, L, R] of the angles, one computation for all layers."""
-        if id(rotary) not in self._angles:
-            rows = self._angle_rows(rotary)
-            angles = ops.unsqueeze(ops.concat(rows + rows, -1), i64(1))
-            self._angles[id(rotary)] = self._cos_and_sin(angles, rotary)
-        return self._angles[id(rotary)]
 
     def _cached(self, x: ov.Node, variable_id: str, heads: int, dim: int) -> ov.Node:
         """x appended to the state: f32 [B, heads, T, D]. The state starts empty and its rows follow beam_idx."""

@@ -82,24 +82,21 @@ def build(config: ChatGLMConfig, lowering: Lowering) -> Any:
     """The whole model as an openvino.Model."""
     heads = config.num_attention_heads
     shape = AttentionShape(heads, heads, config.head_dim)
-    rope = rotary(config)
     rows = per_head_qkv(heads, two_halves_to_one(config.head_dim))
-    lowering.inputs(position_rows=2, prefix=True)
+    lowering.inputs(rotary(config), prefix=True)
     x = lowering.embedding(EMBEDDING, tied=config.tie_word_embeddings)
     for i in range(config.num_layers):
-        x = _attention(config, lowering, x, i, shape, rope, rows)
+        x = _attention(config, lowering, x, i, shape, rows)
         x = _mlp(config, lowering, x, i)
     x = lowering.layer_norm(x, FINAL_NORM, config.layernorm_epsilon)
     return lowering.model(lowering.lm_head(x, EMBEDDING if config.tie_word_embeddings else LM_HEAD), "chatglm")
 
 
-def _attention(
-    config: ChatGLMConfig, g: Lowering, x: Any, i: int, shape: AttentionShape, rope: Rotary, rows: np.ndarray
-) -> Any:
+def _attention(config: ChatGLMConfig, g: Lowering, x: Any, i: int, shape: AttentionShape, rows: np.ndarray) -> Any:
     prefix, eps = f"{LAYER}.{i}", config.layernorm_epsilon
     u = g.layer_norm(x, f"{prefix}.input_layernorm", eps)
     qkv = g.fully_connected(u, f"{prefix}.attention.query_key_value.weight", bias=True, rows=rows)
-    context = g.attention(qkv, i, shape, rope)
+    context = g.attention(qkv, i, shape)
     return g.fully_connected(
         context, f"{prefix}.attention.dense.weight", bias=True, residual=u, residual_scale=RESIDUAL_SCALE
     )

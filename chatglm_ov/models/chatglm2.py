@@ -93,22 +93,20 @@ def build(config: ChatGLM2Config, lowering: Lowering) -> Any:
     shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.kv_channels)
     rope = rotary(config)
     rows = qkv_rows(config, rope.dim)
-    lowering.inputs()
+    lowering.inputs(rope)
     x = lowering.embedding(EMBEDDING, tied=config.tie_word_embeddings)
     for i in range(config.num_layers):
-        x = _attention(config, lowering, x, i, shape, rope, rows)
+        x = _attention(config, lowering, x, i, shape, rows)
         x = _mlp(config, lowering, x, i)
     x = lowering.rms_norm(x, FINAL_NORM, config.layernorm_epsilon)
     return lowering.model(lowering.lm_head(x, EMBEDDING if config.tie_word_embeddings else LM_HEAD), "chatglm2")
 
 
-def _attention(
-    config: ChatGLM2Config, g: Lowering, x: Any, i: int, shape: AttentionShape, rope: Rotary, rows: np.ndarray
-) -> Any:
+def _attention(config: ChatGLM2Config, g: Lowering, x: Any, i: int, shape: AttentionShape, rows: np.ndarray) -> Any:
     prefix, eps = f"{LAYER}.{i}", config.layernorm_epsilon
     u = g.rms_norm(x, f"{prefix}.input_layernorm.weight", eps)
     qkv = g.fully_connected(u, f"{prefix}.self_attention.query_key_value.weight", bias=config.add_qkv_bias, rows=rows)
-    context = g.attention(qkv, i, shape, rope)
+    context = g.attention(qkv, i, shape)
     return g.fully_connected(context, f"{prefix}.self_attention.dense.weight", residual=x)
 
 

@@ -92,24 +92,23 @@ def rotary(config: GlmConfig) -> Rotary:
 
 def build(config: GlmConfig, lowering: Lowering) -> Any:
     """The whole model as an openvino.Model."""
-    rope = rotary(config)
-    lowering.inputs()
+    lowering.inputs(rotary(config))
     x = lowering.embedding(EMBEDDING, tied=config.tie_word_embeddings)
     for i in range(config.num_layers):
-        x = attention(config, lowering, x, i, rope, residual=x)
+        x = attention(config, lowering, x, i, residual=x)
         x = mlp(config, lowering, x, i, residual=x)
     x = lowering.rms_norm(x, FINAL_NORM, config.rms_norm_eps)
     return lowering.model(lowering.lm_head(x, EMBEDDING if config.tie_word_embeddings else LM_HEAD), "glm")
 
 
-def attention(config: GlmConfig, g: Lowering, x: Any, i: int, rope: Rotary, residual: Any = None) -> Any:
+def attention(config: GlmConfig, g: Lowering, x: Any, i: int, residual: Any = None) -> Any:
     """Attn(RMS(x)), and the residual if there is one."""
     layer = f"{LAYER}.{i}"
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    rows = planar_qkv(heads, groups, interleaved_to_half(config.head_dim, rope.dim))
+    rows = planar_qkv(heads, groups, interleaved_to_half(config.head_dim, config.rotary_dim))
     u = g.rms_norm(x, f"{layer}.input_layernorm.weight", config.rms_norm_eps)
     qkv = g.fully_connected(u, f"{layer}.self_attn.qkv_proj.weight", bias=config.attention_bias, rows=rows)
-    context = g.attention(qkv, i, AttentionShape(heads, groups, config.head_dim), rope)
+    context = g.attention(qkv, i, AttentionShape(heads, groups, config.head_dim))
     return g.fully_connected(context, f"{layer}.self_attn.o_proj.weight", residual=residual)
 
 

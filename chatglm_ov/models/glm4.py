@@ -42,11 +42,11 @@ def weight_shapes(config: Glm4Config) -> dict[str, tuple[int, ...]]:
 
 def build(config: Glm4Config, lowering: Lowering) -> Any:
     """The whole model as an openvino.Model."""
-    rope, eps = rotary(config), config.rms_norm_eps
-    lowering.inputs()
+    eps = config.rms_norm_eps
+    lowering.inputs(rotary(config))
     x = lowering.embedding(EMBEDDING, tied=config.tie_word_embeddings)
     for i in range(config.num_layers):
-        attended = glm.attention(config, lowering, x, i, rope)
+        attended = glm.attention(config, lowering, x, i)
         y = lowering.add(x, lowering.rms_norm(attended, f"{LAYER}.{i}.post_self_attn_layernorm.weight", eps))
         made = glm.mlp(config, lowering, y, i)
         x = lowering.add(y, lowering.rms_norm(made, f"{LAYER}.{i}.post_mlp_layernorm.weight", eps))

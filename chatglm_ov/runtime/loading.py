@@ -17,10 +17,10 @@ from chatglm_ov.checkpoint.trained_prefix import TrainedPrefix
 from chatglm_ov.config import ArchitectureConfig, parse_config, read_config_json
 from chatglm_ov.errors import ChatGLMError, last_line
 from chatglm_ov.models import architecture
-from chatglm_ov.passes import in_place
 from chatglm_ov.passes.chains import chain_operations
 from chatglm_ov.passes.fuse_norms import fuse_norms, fuse_residuals
 from chatglm_ov.passes.last_rows import add_logits_to_keep, take_last_rows_early
+from chatglm_ov.runtime import in_place
 from chatglm_ov.runtime.ir_fit import check_fits
 from chatglm_ov.runtime.ir_reading import core, runnable_ir
 from chatglm_ov.runtime.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, KVCache, PluginCache

@@ -7,7 +7,7 @@ from sentencepiece import SentencePieceProcessor
 from chatglm_ov.tokenizer.base import GLMTokenizer
 from chatglm_ov.tokenizer.sentencepiece_model import load_sentencepiece
 from chatglm_ov.tokenizer.stream import SPACE, CleanUp, Decoder, PieceDecoder
-from chatglm_ov.tokenizer.unicode import whole_characters
+from chatglm_ov.unicode import whole_characters
 
 # A piece for `stream_decoders`: bytes of a byte piece, (text, is a piece of the model), None for nothing at all.
 Item = bytes | tuple[str, bool] | None

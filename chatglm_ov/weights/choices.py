@@ -13,7 +13,7 @@ from typing import Any
 
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.json_files import read_json_object
-from chatglm_ov.weights.formats import FORMATS, GROUP_SIZE, GROUP_SIZES, WeightFormat, int4_format
+from chatglm_ov.weight_formats import FORMATS, GROUP_SIZE, GROUP_SIZES, WeightFormat, int4_format
 
 EMBEDDING_FORMATS = ("f32", "bf16", "int8")
 """Rows of the embedding are looked up one by one: 4 bits would save 1 % of a model, and cost accuracy."""

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import openvino as ov
 
+from chatglm_ov.checkpoint.quantized import Parts, QuantizedTensor
 from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor
-from chatglm_ov.weights.formats import FORMATS, WeightFormat
+from chatglm_ov.weight_formats import FORMATS, WeightFormat
 from chatglm_ov.weights.graph_file import GraphFile, Layer
 from chatglm_ov.weights.packing import PADDING, gate_up_rows
-from chatglm_ov.weights.quantized import Parts, QuantizedTensor
 from chatglm_ov.weights.store import WeightStore
 from chatglm_ov.weights.unpacking import PackedRows
 

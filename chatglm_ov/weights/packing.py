@@ -13,7 +13,7 @@ import numpy as np
 import openvino as ov
 
 from chatglm_ov.native import native
-from chatglm_ov.weights.formats import WeightFormat
+from chatglm_ov.weight_formats import WeightFormat
 
 PANEL = 16
 """Output features that are laid side by side."""

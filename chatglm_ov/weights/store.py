@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import openvino as ov
 
-from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor
-from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.checkpoint.quantized import QuantizedTensor
+from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor, checked
+from chatglm_ov.weight_formats import WeightFormat
 from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
 from chatglm_ov.weights.file import WeightsFile
-from chatglm_ov.weights.formats import WeightFormat
 from chatglm_ov.weights.packing import PADDING, PANEL, PackedWeight, layout_of, packed_block
-from chatglm_ov.weights.quantized import QuantizedTensor
 
 BLOCK_BYTES = 64 << 20
 """Size of a block of rows in float32: what bounds the memory of a conversion."""
@@ -158,12 +157,3 @@ def _encoded(tensor: Tensor, fmt: WeightFormat, rows: Rows, padding: np.ndarray)
     block = tensor.rows(rows)
     block[padding] = 0
     return fmt.encode(checked(tensor, block, fmt.largest))
-
-
-def checked(tensor: Tensor, values: np.ndarray, largest: float = float("inf")) -> np.ndarray:
-    """`values` themselves. One NaN or infinity would spoil the scale of its row, and every sum it enters."""
-    fit = np.isfinite(values) if largest == float("inf") else np.abs(values) <= largest
-    if not fit.all():
-        wanted = "a finite number" if largest == float("inf") else f"at most {largest:g}, what its format can hold"
-        raise ChatGLMError(tensor.file, f"a value of {tensor.name}", values[~fit][0], wanted)
-    return values

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from chatglm_ov.weights.formats import FORMATS, WeightFormat, int4_format
+from chatglm_ov.weight_formats import FORMATS, WeightFormat, int4_format
 from chatglm_ov.weights.packing import PANEL
 
 UNPACKED_VERSION = 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from chatglm_ov.checkpoint.reader import Rows, Tensor
-from chatglm_ov.weights.formats import WeightFormat
+from chatglm_ov.weight_formats import WeightFormat
 
 Parts = tuple[np.ndarray, ...]
 
