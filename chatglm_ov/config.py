@@ -32,7 +32,7 @@ class ArchitectureConfig(BaseModel):
     """Whether a token of the prompt sees those behind it too."""
     takes_trained_prefix: ClassVar[bool] = False
     """Whether a checkpoint may hold a prefix encoder (`chatglm_ov.checkpoint.trained_prefix`)."""
-    stored_head_counts: ClassVar[bool] = True
+    reads_stored_lm_head: ClassVar[bool] = True
     """Whether the original reads an LM head that is stored and is not the embedding, though `tie_word_embeddings` is
     true."""
 
@@ -94,7 +94,7 @@ class ChatGLMConfig(ArchitectureConfig):
     head_dim_field: ClassVar[str] = "hidden_size / num_attention_heads"
     sees_whole_prompt: ClassVar[bool] = True
     takes_trained_prefix: ClassVar[bool] = True
-    stored_head_counts: ClassVar[bool] = False
+    reads_stored_lm_head: ClassVar[bool] = False
 
     vocab_size: int = Field(gt=0)
     inner_hidden_size: int = Field(gt=0)

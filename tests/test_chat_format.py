@@ -191,12 +191,12 @@ def test_plain_tools_are_functions_to_glm4():
     ],
 )
 def test_a_stop_text_is_looked_for_in_the_answer_as_it_is_told(chat, output, stop, kept):
-    ends = StopStrings(["@", stop], chat.split)
+    ends = StopStrings(["@", stop], chat.split_answer)
     assert ends.cut(output) == kept
     assert ends.complete(output) == (kept != output)
     response, _ = chat.process_response(kept, "q")
     for end in range(len(output) + 1):
-        certain = ends.certain(chat.certain(output[:end]))
+        certain = ends.stable_output(chat.stable_output(output[:end]))
         told, _ = chat.process_response(certain, "q")
         assert response.startswith(told.strip()), (certain, told)
 
@@ -215,8 +215,8 @@ def test_a_stop_text_is_looked_for_in_the_answer_as_it_is_told(chat, output, sto
     ],
 )
 def test_what_is_settled_of_an_answer_that_grows_never_changes(chat, output):
-    told = [chat.process_response(chat.certain(output[:end]), "q")[0] for end in range(len(output) + 1)]
-    shown = [chat.settled(response) for response in told]
+    told = [chat.process_response(chat.stable_output(output[:end]), "q")[0] for end in range(len(output) + 1)]
+    shown = [chat.stable_response(response) for response in told]
     for shorter, longer in pairwise([*shown, told[-1]]):
         assert longer.startswith(shorter), (shorter, longer)
     assert len(told[-1]) - len(shown[-1]) <= len("[[训练时间]")

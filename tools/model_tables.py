@@ -116,10 +116,10 @@ def figures(preset: str) -> Figures:
 
 def looked_up_bytes(source: Source, weight_format: str) -> int:
     """Bytes of an embedding of which a token reads a row; 0 for one that is the LM head as well."""
-    module, shapes = architecture(source.config), graph_shapes(source.config)
-    if module.LM_HEAD not in shapes:
+    if source.config.tie_word_embeddings:
         return 0
-    return source.choices.embedding(weight_format).nbytes(shapes[module.EMBEDDING])
+    table = graph_shapes(source.config)[architecture(source.config).EMBEDDING]
+    return source.choices.embedding(weight_format).nbytes(table)
 
 
 def digits(value: float, count: int) -> str:

@@ -10,7 +10,7 @@ from math import prod
 import openvino as ov
 
 from chatglm_ov.config import ArchitectureConfig
-from chatglm_ov.models import architecture, graph_shapes
+from chatglm_ov.models import architecture, graph_shapes, lm_head_name
 
 ELEMENT_BYTES = {"f32": 4, "bf16": 2, "int8": 1}
 
@@ -18,10 +18,9 @@ ELEMENT_BYTES = {"f32": 4, "bf16": 2, "int8": 1}
 def weight_bytes(model: ov.Model, config: ArchitectureConfig) -> int:
     """Bytes of weights that every step reads, as the graph of an IR holds them: all but the embedding, of which it
     reads a row a token; a tied one is the LM head as well and counts."""
-    module = architecture(config)
     names = set(graph_shapes(config))
-    if module.LM_HEAD in names:
-        names.discard(module.EMBEDDING)
+    if not config.tie_word_embeddings:
+        names.remove(architecture(config).EMBEDDING)
     total = 0
     for node in model.get_ops():
         if node.get_type_name() == "Constant":
@@ -46,12 +45,9 @@ def prompt_operations(config: ArchitectureConfig, tokens: int, rows: int, ops: s
     """Operations (2 a multiply-add) of a prompt of T tokens in B rows: linear layers, the LM head for the last token,
     scores and context of attention. A token sees those before it, or the whole prompt. The fused lowering leaves out
     what only the other tokens' logits would need: that is not counted."""
-    module = architecture(config)
-    shapes = graph_shapes(config)
-    matrices = {name: prod(shape) for name, shape in shapes.items() if len(shape) == 2}
-    head = matrices.pop(module.LM_HEAD, matrices[module.EMBEDDING])
-    del matrices[module.EMBEDDING]
-    once = head
+    matrices = {name: prod(shape) for name, shape in graph_shapes(config).items() if len(shape) == 2}
+    once = matrices.pop(lm_head_name(config))
+    matrices.pop(architecture(config).EMBEDDING, None)
     if ops == "fused":
         last = f".{config.num_layers - 1}."
         behind = [name for name in matrices if last in name and not any(part in name for part in PROJECTIONS)]

@@ -9,12 +9,12 @@ from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture, graph_shapes
 from chatglm_ov.weight_formats import WeightFormat
-from chatglm_ov.weights.choices import FormatChoices
+from chatglm_ov.weights.choices import FormatChoices, matrix_formats
 
 INT8_ROWS = 8192
 """Rows of an int8 weight that are chosen at once."""
 
-LIBRARIES_BYTES = 300_000_000
+CALIBRATION_LIBRARIES_BYTES = 300_000_000
 """Anonymous memory of torch and of OpenVINO's compiler beyond that of any conversion."""
 
 
@@ -26,23 +26,15 @@ def calibrated_weights(
     names = calibrated_formats(methods)
     chosen = {}
     for model in (name for name in weight_formats if name in names):
-        formats = _linear_formats(config, choices, model)
+        formats = matrix_formats(config, choices, model)
+        if not config.tie_word_embeddings:
+            del formats[architecture(config).EMBEDDING]  # which is looked up, not multiplied
         chosen[model] = {name: fmt for name, fmt in formats.items() if fmt.name in names}
     found = {model: formats for model, formats in chosen.items() if formats}
     if not found:
         kept = "layer_formats and lm_head_format that leave a weight"
         raise ChatGLMError("convert", "calibration", "+".join(methods), f"{kept} in {' or '.join(names)}")
     return found
-
-
-def _linear_formats(config: ArchitectureConfig, choices: FormatChoices, model: str) -> dict[str, WeightFormat]:
-    module = architecture(config)
-    shapes = {name: shape for name, shape in graph_shapes(config).items() if len(shape) == 2}
-    head = module.LM_HEAD if module.LM_HEAD in shapes else module.EMBEDDING
-    columns = shapes.pop(head)[1]
-    shapes.pop(module.EMBEDDING, None)
-    formats = {name: choices.linear(model, name, shape[1]) for name, shape in shapes.items()}
-    return {**formats, head: choices.lm_head(model, columns)}
 
 
 def disk_bytes(config: ArchitectureConfig, chosen: Mapping[str, Mapping[str, WeightFormat]]) -> int:
@@ -52,10 +44,10 @@ def disk_bytes(config: ArchitectureConfig, chosen: Mapping[str, Mapping[str, Wei
 
 
 def memory_bytes(config: ArchitectureConfig, chosen: Mapping[str, Mapping[str, WeightFormat]], tokens: int) -> int:
-    """The larger of two moments. A layer's inputs are summed up and a weight chosen: the values of the text (the
-    residual twice, the input of the layer), the second moments of its input and their factor, and the weight three
-    times, of int8 some rows of it and its codes. A layer, but not the LM head, is run: the same values, what it makes,
-    and its weight as read, as a constant and as laid out."""
+    """The larger need of two phases. A weight is chosen: activations of the text (the residual twice, the input of the
+    layer), the second moments [K, K] of that input and their factor, three copies of the weight, of int8 of some rows,
+    and its codes. A layer, but not the LM head, is run: the same activations, its output, three copies of the
+    weight."""
     shapes = graph_shapes(config)
     needs = [0]
     for name, fmt in ((name, fmt) for formats in chosen.values() for name, fmt in formats.items()):
@@ -65,4 +57,4 @@ def memory_bytes(config: ArchitectureConfig, chosen: Mapping[str, Mapping[str, W
         needs.append(4 * (values + 3 * at_once * columns + 2 * columns**2) + rows * columns)
         if rows != config.vocab_rows:
             needs.append(4 * (values + tokens * rows + 3 * rows * columns))
-    return LIBRARIES_BYTES + max(needs)
+    return CALIBRATION_LIBRARIES_BYTES + max(needs)

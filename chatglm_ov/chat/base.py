@@ -88,17 +88,17 @@ class ChatFormat(ABC):
     def round_starts(self, history: Sequence) -> list[int]:
         """Where in the history its rounds begin: a question and what came of it. A system message stands before."""
 
-    def split(self, text: str) -> tuple[str, str]:
+    def split_answer(self, text: str) -> tuple[str, str]:
         """(what stands before the answer, the answer with its own characters) of an output, finished or not. Texts that
         end an answer are looked for in the second."""
         answer = text.lstrip()
         return text[: len(text) - len(answer)], answer
 
-    def certain(self, text: str) -> str:
+    def stable_output(self, text: str) -> str:
         """The part of an unfinished output that what follows cannot make into something else."""
         return text
 
-    def settled(self, response: str) -> str:
+    def stable_response(self, response: str) -> str:
         """The part of a response to an unfinished output that later ones begin with. The originals' streams tell all of
         it, and take some back."""
         return without_beginning(response, (PLACEHOLDER,))

@@ -38,13 +38,13 @@ class ChatGLMFormat(RoundsFormat):
         asked, answer = begun_answer(messages)
         return self.conversation_ids(tokenizer, asked, tools) + tokenizer.encode_ordinary(answer)
 
-    def split(self, text: str) -> tuple[str, str]:
+    def split_answer(self, text: str) -> tuple[str, str]:
         return "", self.clean(text)
 
-    def settled(self, response: str) -> str:
+    def stable_response(self, response: str) -> str:
         """Without punctuation at the end that a Chinese character behind it would widen."""
-        settled = super().settled(response)
-        return _MAY_BE_WIDENED.sub("", settled) if settled == response else settled
+        stable = super().stable_response(response)
+        return _MAY_BE_WIDENED.sub("", stable) if stable == response else stable
 
     def clean(self, output: str) -> str:
         response = with_date(output.strip())

@@ -37,13 +37,13 @@ class GLMFormat(GLM4Format):
     def process_response(
         self, output: str, query: str, history: Sequence | None = None, role: str = "user"
     ) -> tuple[Response, list[Message]]:
-        thinking, answer = self._split(output)
+        thinking, answer = self._split_thinking(output)
         response, messages = super().process_response(answer, query, history, role)
         if thinking is not None:
             messages[-1]["thinking"] = thinking
         return response, messages
 
-    def _split(self, output: Any) -> tuple[str | None, Any]:
+    def _split_thinking(self, output: Any) -> tuple[str | None, Any]:
         """(thinking, answer); thinking None where the answer began without any."""
         if not isinstance(output, str):
             return None, output
@@ -55,17 +55,17 @@ class GLMFormat(GLM4Format):
         thinking, _, answer = text.partition(END_THINK)
         return thinking.strip(), answer
 
-    def split(self, text: str) -> tuple[str, str]:
+    def split_answer(self, text: str) -> tuple[str, str]:
         """Thinking is no part of the answer, which may be still to come."""
-        thinking, answer = self._split(text)
+        thinking, answer = self._split_thinking(text)
         if thinking is None:
-            return super().split(text)
+            return super().split_answer(text)
         before = text[: len(text) - len(answer)]
-        space, answer = super().split(answer)
+        space, answer = super().split_answer(answer)
         return before + space, answer
 
     def metadata_and_content(self, part: str, names: set[str]) -> tuple[str, str]:
         return named_call(part, names)
 
-    def certain(self, text: str) -> str:
+    def stable_output(self, text: str) -> str:
         return without_beginning(text, (THINK, END_THINK))

@@ -23,7 +23,7 @@ def checkpoint_fields(folder: Path) -> dict[str, Any]:
     original computes with what is stored. Raises ChatGLMError for a folder that is no checkpoint."""
     fields = read_config_json(folder)
     described = config_class(fields, folder / "config.json")
-    if fields.get("tie_word_embeddings") is not True or not described.stored_head_counts:
+    if fields.get("tie_word_embeddings") is not True or not described.reads_stored_lm_head:
         return fields
     module = architecture(described)
     with open_checkpoint(folder, fields) as weights:

@@ -230,7 +230,7 @@ def _target(weights: Checkpoint, name: str, source: Tensor, config: Architecture
     target, module = weights[name], architecture(config)
     if module.is_ignored(config, name):
         raise ChatGLMError(source.file, source.name, f"for {name}", "a tensor that the model reads")
-    if name == module.EMBEDDING and module.LM_HEAD not in module.weight_shapes(config):
+    if name == module.EMBEDDING and config.tie_word_embeddings:
         # An adapter of one is none of the other, but the two are stored once.
         raise ChatGLMError(source.file, source.name, f"for {name}", "no adapter of an embedding tied to the LM head")
     if isinstance(target, QuantizedTensor) or target.dtype not in FLOATS:

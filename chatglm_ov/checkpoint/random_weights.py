@@ -15,12 +15,16 @@ from typing import Any
 import numpy as np
 
 from chatglm_ov.checkpoint.files import FLOATS
-from chatglm_ov.config import parse_config
+from chatglm_ov.config import ArchitectureConfig, parse_config
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import architecture
 
 # Values drawn at once: 4 MB in float32.
 BLOCK = 1 << 20
+
+
+_FLOAT32_NORMS = ("chatglm",)
+"""Architectures whose norms are float32 beside weights of 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +70,27 @@ def stored_tensors(fields: dict[str, Any]) -> list[RandomTensor]:
     model = architecture(config)
     shapes = model.weight_shapes(config)
     seed_names = {}
-    if model.LM_HEAD not in shapes:
+    if config.tie_word_embeddings:
         # A tied head is stored all the same, with equal values.
         shapes[model.LM_HEAD] = shapes[model.EMBEDDING]
         seed_names[model.LM_HEAD] = model.EMBEDDING
-    tensors = []
+    tensors: list[RandomTensor] = []
     for name, shape in shapes.items():
         mean, std = _mean_and_std(name, shape)
-        stored = "float32" if model.is_float32(name) else dtype
+        stored = "float32" if config.architecture in _FLOAT32_NORMS and "norm" in name else dtype
         tensors.append(RandomTensor(name, shape, FLOATS[stored], mean, std, seed_name=seed_names.get(name, name)))
     pairs = config.head_dim // 4
     frequencies = 10000.0 ** (-np.arange(pairs, dtype=np.float32) / pairs)
-    buffers = [RandomTensor(name, (pairs,), FLOATS[dtype], values=frequencies) for name in model.rotary_buffers(config)]
+    buffers = [RandomTensor(name, (pairs,), FLOATS[dtype], values=frequencies) for name in _rotary_buffers(config)]
     return [*buffers, *tensors]
+
+
+def _rotary_buffers(config: ArchitectureConfig) -> list[str]:
+    """Stored rotary frequencies, which no model reads: of each layer in ChatGLM-6B, of all in ChatGLM2."""
+    return {
+        "chatglm": [f"transformer.layers.{i}.attention.rotary_emb.inv_freq" for i in range(config.num_layers)],
+        "chatglm2": ["transformer.rotary_pos_emb.inv_freq"],
+    }.get(config.architecture, [])
 
 
 def _mean_and_std(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
@@ -177,28 +176,26 @@ class Checkpoint:
     def verify(
         self,
         expected: Mapping[str, tuple[int, ...]],
-        optional: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
         ignored: Callable[[str], bool] = lambda name: False,
     ) -> None:
         """Check names, shapes and types against what a model needs; no weight is read.
 
         Raises ChatGLMError for a wrong shape or an unreadable type, for a missing tensor of `expected`, and
-        for a tensor in neither mapping unless `ignored(name)`.
+        for another one unless `ignored(name)`.
         """
         for name, file in self._absent.items():
             if not ignored(name):
                 raise ChatGLMError(file, name, "missing", "a tensor, as the index says")
-        known = {**optional, **expected}
         for name, tensor in self._tensors.items():
-            if name in known:
-                if tensor.shape != tuple(known[name]):
-                    wanted_shape = list(known[name])
+            if name in expected:
+                if tensor.shape != tuple(expected[name]):
+                    wanted_shape = list(expected[name])
                     raise ChatGLMError(tensor.file, f"shape of {name}", list(tensor.shape), wanted_shape)
                 tensor.check_readable()
         if missing := [name for name in expected if name not in self._tensors]:
             wanted = f"a tensor of shape {list(expected[missing[0]])}"
             raise ChatGLMError(self.folder, missing[0], f"missing{_and_more(missing)}", wanted)
-        if unknown := [name for name in self._tensors if name not in known and not ignored(name)]:
+        if unknown := [name for name in self._tensors if name not in expected and not ignored(name)]:
             tensor = self._tensors[unknown[0]]
             seen = f"a tensor of shape {list(tensor.shape)}{_and_more(unknown)}"
             raise ChatGLMError(tensor.file, tensor.name, seen, "only tensors that the config calls for")

@@ -140,7 +140,7 @@ def ask(
         response, after = model.chat(tokenizer, query, history=before, **options)
     else:
         for response, after in model.stream_chat(tokenizer, query, history=before, **options):
-            show(chat.settled(as_text(response, after)) if chat else as_text(response, after))
+            show(chat.stable_response(as_text(response, after)) if chat else as_text(response, after))
     cut = ""
     if chat:
         ends = model.stop_ids(chat, tokenizer, options)
@@ -160,7 +160,7 @@ def complete(model: Any, tokenizer: Any, prompt: str, show: Show | None = None, 
     options["stop_strings"] = None  # for which generate() would want a tokenizer
     criteria = StoppingCriteriaList([watch, *stops.criteria(tokenizer, length)])
     if show is not None:
-        options["streamer"] = GrowingText(tokenizer, lambda text: show(stops.certain(text)))
+        options["streamer"] = GrowingText(tokenizer, lambda text: show(stops.stable_output(text)))
     ids = model.generate(**inputs, stopping_criteria=criteria, **options)[0, length:]
     text = stops.cut(tokenizer.decode(ids, skip_special_tokens=True))
     cut = cut_short(model, watch, options["max_new_tokens"], as_list(model.generation_config.eos_token_id))

@@ -117,7 +117,7 @@ class Conversation:
             with closing(self._model.stream_chat(self._tokenizer, query, self._history, **options)) as answers:
                 for response, self._history in answers:
                     text = as_text(response, self._history)
-                    printer.show(chat.settled(text))
+                    printer.show(chat.stable_response(text))
             printer.finish(text)
             ends = self._model.stop_ids(chat, self._tokenizer, options)
             cut = cut_short(self._model, watch, options["max_new_tokens"], ends)

@@ -7,7 +7,7 @@ from typing import Any
 import openvino as ov
 
 from chatglm_ov.config import ArchitectureConfig
-from chatglm_ov.models import architecture, graph_shapes
+from chatglm_ov.models import architecture, graph_shapes, lm_head_name
 
 PARTS = ("embedding", "attention", "mlp", "lm_head", "norms")
 _MARKS = {"attention": "attention", "self_attn": "attention", "mlp": "mlp"}
@@ -27,7 +27,7 @@ def weight_parts(model: ov.Model, config: ArchitectureConfig) -> dict[str, dict[
         weight = name if name in known else name.rpartition(".")[0]
         if node.get_type_name() != "Constant" or weight not in known:
             continue
-        part = found[_part(module, weight, tied=module.LM_HEAD not in known)]
+        part = found[_part(module.EMBEDDING, lm_head_name(config), weight)]
         part["bytes"] += node.get_byte_size()
         if name == weight and len(shapes[name]) == 2:
             label = _label(node)
@@ -35,10 +35,10 @@ def weight_parts(model: ov.Model, config: ArchitectureConfig) -> dict[str, dict[
     return {name: part for name, part in found.items() if part["bytes"]}
 
 
-def _part(module: Any, name: str, tied: bool) -> str:
-    if name == module.LM_HEAD or (tied and name == module.EMBEDDING):
+def _part(embedding: str, lm_head: str, name: str) -> str:
+    if name == lm_head:
         return "lm_head"
-    if name == module.EMBEDDING:
+    if name == embedding:
         return "embedding"
     if "norm" in name:
         return "norms"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.config import ArchitectureConfig
-from chatglm_ov.models import architecture, graph_shapes
+from chatglm_ov.models import architecture, graph_shapes, lm_head_name
 from chatglm_ov.system.sizes import size
-from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices
+from chatglm_ov.weights.choices import DEFAULT_CHOICES, FormatChoices, matrix_formats
 from chatglm_ov.weights.packing import layout_of
 from chatglm_ov.weights.store import BLOCK_BYTES, stored_as
 
@@ -73,32 +73,24 @@ def make_plan(
 
 
 def _check_choices(config: ArchitectureConfig, choices: FormatChoices) -> None:
-    module = architecture(config)
+    tables = (architecture(config).EMBEDDING, lm_head_name(config))
     shapes = graph_shapes(config)
-    tables = (module.EMBEDDING, module.LM_HEAD)
     choices.check_layers([name for name, shape in shapes.items() if len(shape) == 2 and name not in tables])
-    if module.LM_HEAD not in shapes:
+    if config.tie_word_embeddings:
         choices.check_tied()
 
 
 def _stored_bytes(
     config: ArchitectureConfig, weights: Checkpoint, weight_format: str, ops: str, choices: FormatChoices
 ) -> int:
-    module = architecture(config)
-    shapes = graph_shapes(config)
-    tied = module.LM_HEAD not in shapes
+    formats = matrix_formats(config, choices, weight_format, weights.dtype)
+    looked_up = None if config.tie_word_embeddings else architecture(config).EMBEDDING
     total = 0
-    for name, shape in shapes.items():
-        if len(shape) == 1:
+    for name, shape in graph_shapes(config).items():
+        if name not in formats:
             total += 4 * shape[0]
             continue
-        if name == module.LM_HEAD or (tied and name == module.EMBEDDING):
-            chosen = choices.lm_head(weight_format, shape[1], weights.dtype(name))
-        elif name == module.EMBEDDING:
-            chosen = choices.embedding(weight_format)
-        else:
-            chosen = choices.linear(weight_format, name, shape[1])
-        fmt = stored_as(weights[name], chosen)
-        row_by_row = ops == "stock" or (name == module.EMBEDDING and not tied)
+        fmt = stored_as(weights[name], formats[name])
+        row_by_row = ops == "stock" or name == looked_up
         total += fmt.nbytes(shape) if row_by_row else layout_of(fmt, *shape).bytes
     return total

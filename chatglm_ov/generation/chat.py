@@ -76,7 +76,7 @@ class ChatMixin:
             with closing(made) as tokens:  # type: ignore[type-var]
                 for token in tokens:
                     text += "" if token in stops else stream.put(token)
-                    certain = ends.certain(chat.certain(text))
+                    certain = ends.stable_output(chat.stable_output(text))
                     if certain and certain != told:
                         yield told_so_far(certain)
                         told = certain
@@ -107,7 +107,7 @@ class ChatMixin:
         """`stop_strings` of the options, else those of their generation_config, else those of the model's."""
         told = [options.get("stop_strings"), getattr(options.get("generation_config"), "stop_strings", None)]
         texts = next((texts for texts in told if texts is not None), self.generation_config.stop_strings)
-        return StopStrings(texts, chat.split)
+        return StopStrings(texts, chat.split_answer)
 
 
 def as_list(ids: Any) -> list[int]:

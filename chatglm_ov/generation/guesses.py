@@ -41,20 +41,20 @@ class PromptLookup:
     def __init__(self, num_tokens: int, ngram: int = LONGEST_NGRAM):
         self._num_tokens = num_tokens
         # At first a single token, which may be a comma, tells little, and three tell much.
-        self._chances = {n: min(0.8, 0.3 * n - 0.1) for n in range(1, ngram + 1)}
-        self._priors = dict(self._chances)
+        self._acceptance = {n: min(0.8, 0.3 * n - 0.1) for n in range(1, ngram + 1)}
+        self._priors = dict(self._acceptance)
         self._last: tuple[int, int] = (0, 0)
 
     def guess(self, ids: np.ndarray, room: int) -> np.ndarray:
         self._last = (0, 0)
-        for n, chance in self._chances.items():
+        for n, rate in self._acceptance.items():
             # What was given up is tried again after some hundred tokens.
-            self._chances[n] = chance + 0.0005 * (self._priors[n] - chance)
-        for n in sorted(self._chances, reverse=True):
+            self._acceptance[n] = rate + 0.0005 * (self._priors[n] - rate)
+        for n in sorted(self._acceptance, reverse=True):
             places = _places_behind(ids, n)
             if not places.size:
                 continue
-            count = _worth_guessing(self._chances[n], min(self._num_tokens, room))
+            count = _worth_guessing(self._acceptance[n], min(self._num_tokens, room))
             # The latest place with enough behind it, else the one with the most.
             far_enough = places[places + count <= len(ids)]
             start = far_enough[-1] if far_enough.size else places[0]
@@ -66,7 +66,7 @@ class PromptLookup:
     def learn(self, right: int) -> None:
         n, guessed = self._last
         for at in range(min(right + 1, guessed)):
-            self._chances[n] += 0.15 * (float(at < right) - self._chances[n])
+            self._acceptance[n] += 0.15 * (float(at < right) - self._acceptance[n])
 
 
 def _places_behind(ids: np.ndarray, n: int) -> np.ndarray:
@@ -109,9 +109,9 @@ class Assistant:
         guessed: list[int] = []
         while len(guessed) < min(self._num_tokens, room):
             output = self._model(fed, past_key_values=cache, logits_to_keep=1)
-            cache, chances = output[CACHE_NAME], output.logits[0, -1].softmax(-1)
-            likeliest = int(chances.argmax())
-            if chances[likeliest] < self._confidence:
+            cache, probabilities = output[CACHE_NAME], output.logits[0, -1].softmax(-1)
+            likeliest = int(probabilities.argmax())
+            if probabilities[likeliest] < self._confidence:
                 break
             guessed.append(likeliest)
             fed = torch.tensor([[likeliest]])

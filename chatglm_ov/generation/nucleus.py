@@ -18,20 +18,20 @@ class Nucleus(TopPLogitsWarper):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Scores float32 [B, V] of the next token, as a new tensor."""
         made = torch.full_like(scores, self.filter_value)
-        for row, (of_row, chances) in enumerate(zip(scores, scores.softmax(-1), strict=True)):
-            likely = (chances >= (1 - self.top_p) / (2 * len(chances))).nonzero()[:, 0]
+        for row, (of_row, probabilities) in enumerate(zip(scores, scores.softmax(-1), strict=True)):
+            likely = (probabilities >= (1 - self.top_p) / (2 * len(probabilities))).nonzero()[:, 0]
             # Too few also where the scores are no numbers. With so many it would take longer.
-            if not self.min_tokens_to_keep <= len(likely) <= len(chances) // 4:
+            if not self.min_tokens_to_keep <= len(likely) <= len(probabilities) // 4:
                 return super().__call__(input_ids, scores)  # type: ignore[arg-type]
-            kept = likely[self._staying(of_row[likely], chances[likely], chances.sum(dtype=torch.float64))]
+            kept = likely[self._staying(of_row[likely], probabilities[likely], probabilities.sum(dtype=torch.float64))]
             made[row, kept] = of_row[kept]
         return made
 
-    def _staying(self, scores: torch.Tensor, chances: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        """Indices of the tokens that stay among those with these scores and chances. total: of all chances, of which
-        the less likely tokens have the rest."""
+    def _staying(self, scores: torch.Tensor, probabilities: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """Indices of the tokens that stay among those with these scores and probabilities. total: the sum over all
+        tokens, of which the less likely ones have the rest."""
         order = scores.argsort()
-        rising = chances[order].cumsum(0, dtype=torch.float64)
+        rising = probabilities[order].cumsum(0, dtype=torch.float64)
         stays = (total - rising[-1] + rising).float() > 1 - self.top_p
         stays[-self.min_tokens_to_keep :] = True
         return order[stays]

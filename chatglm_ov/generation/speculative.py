@@ -55,9 +55,9 @@ class Choice:
         if not self.config.do_sample:
             return scores.argmax(-1)
         # A number is drawn for each token that is asked for: those that top-k and top-p have left.
-        chances = scores[0].softmax(-1)
-        possible = chances.nonzero()[:, 0]
-        return possible[torch.multinomial(chances[possible], 1)]
+        probabilities = scores[0].softmax(-1)
+        possible = probabilities.nonzero()[:, 0]
+        return possible[torch.multinomial(probabilities[possible], 1)]
 
 
 def check_assistant(model: Any, assistant: Any) -> None:

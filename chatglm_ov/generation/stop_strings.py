@@ -41,7 +41,7 @@ class StopStrings:
         before, answer = self._split(text)
         return before + answer[: min(at for at in map(answer.find, self._texts) if at >= 0)]
 
-    def certain(self, text: str) -> str:
+    def stable_output(self, text: str) -> str:
         """The longest beginning of an unfinished output that no later text can turn into a part of a stop text."""
         if self.complete(text):
             return self.cut(text)

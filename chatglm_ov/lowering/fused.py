@@ -18,14 +18,12 @@ import openvino as ov
 import openvino.opset15 as ops
 
 from chatglm_ov.lowering import Activation, AttentionShape, Rotary
-from chatglm_ov.lowering.graph import LOGITS_TO_KEEP, GraphLowering, i64, last_rows, scalar
+from chatglm_ov.lowering.graph import CACHE, LOGITS_TO_KEEP, GraphLowering, i64, last_rows, scalar
 from chatglm_ov.lowering.operations import operation
 from chatglm_ov.weights.packing import PADDING, PackedWeight, filled, gate_up_rows
 from chatglm_ov.weights.store import WeightStore
 
 BEAM_TABLE = "beam_table"
-CACHE = "past_key_values."
-"""Variable of a layer's cache: this and the number of the layer."""
 
 
 class FusedLowering(GraphLowering):

@@ -15,6 +15,9 @@ from openvino.op.util import Variable, VariableInfo
 from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.lowering import Rotary
 
+CACHE = "past_key_values."
+"""Variables of a layer's cache begin with this and the number of the layer."""
+
 LOGITS_TO_KEEP = "logits_to_keep"
 """Input i64 [1]: of how many of the last positions there are logits."""
 

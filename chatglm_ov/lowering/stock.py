@@ -15,7 +15,7 @@ import openvino as ov
 import openvino.opset15 as ops
 
 from chatglm_ov.lowering import Activation, AttentionShape, Rotary
-from chatglm_ov.lowering.graph import GraphLowering, i64, scalar
+from chatglm_ov.lowering.graph import CACHE, GraphLowering, i64, scalar
 from chatglm_ov.weights.ir import DECOMPRESSION_SUFFIX
 
 BLOCKED = np.float32(np.finfo(np.float16).min / 2)
@@ -134,8 +134,8 @@ class StockLowering(GraphLowering):
         query = self._rotated(self._heads(planes.output(0), heads, dim))
         key = self._rotated(self._heads(planes.output(1), groups, dim))
         value = self._heads(planes.output(2), groups, dim)
-        key = self._repeated(self._cached(key, f"past_key_values.{layer}.key", groups, dim), heads, groups, dim)
-        value = self._repeated(self._cached(value, f"past_key_values.{layer}.value", groups, dim), heads, groups, dim)
+        key = self._repeated(self._cached(key, f"{CACHE}{layer}.key", groups, dim), heads, groups, dim)
+        value = self._repeated(self._cached(value, f"{CACHE}{layer}.value", groups, dim), heads, groups, dim)
         context = ops.scaled_dot_product_attention(query, key, value, self._mask)
         context = ops.transpose(context, i64(0, 2, 1, 3))
         return ops.reshape(context, i64(0, 0, heads * dim), True)

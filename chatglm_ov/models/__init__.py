@@ -6,8 +6,6 @@ Each module has
 - `stacked_weights(config) -> dict[str, tuple[str, ...]]`: weights that the graph reads as one, their rows one after
   another, by a name of their own;
 - `is_ignored(config, name) -> bool`: stored tensors that the model does not read;
-- `rotary_buffers(config) -> list[str]`: those of them that hold rotary frequencies, in a checkpoint as published;
-- `is_float32(name) -> bool`: tensors that a checkpoint of 16 bits stores in float32;
 - `build(config, lowering) -> openvino.Model`: the graph, in the words of `chatglm_ov.lowering`;
 - `EMBEDDING` and `LM_HEAD`: names of these two weights; a tied model stores no `LM_HEAD`;
 - `key_order(config) -> numpy.ndarray`: where the dims of a key lie in the cache, by their place in the checkpoint's;
@@ -27,6 +25,12 @@ from chatglm_ov.config import ArchitectureConfig
 def architecture(config: ArchitectureConfig | type[ArchitectureConfig]) -> ModuleType:
     """The module that defines this configuration's model."""
     return import_module(f"chatglm_ov.models.{config.architecture}")
+
+
+def lm_head_name(config: ArchitectureConfig) -> str:
+    """Name of the weight that makes the logits: of the embedding in a tied model."""
+    module = architecture(config)
+    return str(module.EMBEDDING if config.tie_word_embeddings else module.LM_HEAD)
 
 
 def graph_shapes(config: ArchitectureConfig) -> dict[str, tuple[int, ...]]:

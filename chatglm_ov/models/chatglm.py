@@ -60,16 +60,6 @@ def is_ignored(config: ChatGLMConfig, name: str) -> bool:
     return name.endswith("inv_freq") or ".prefix_encoder." in name or (config.tie_word_embeddings and name == LM_HEAD)
 
 
-def rotary_buffers(config: ChatGLMConfig) -> list[str]:
-    """Stored rotary frequencies: each layer has its own."""
-    return [f"{LAYER}.{i}.attention.rotary_emb.inv_freq" for i in range(config.num_layers)]
-
-
-def is_float32(name: str) -> bool:
-    """Norms stay in float32 beside float16 weights."""
-    return "layernorm" in name
-
-
 def rotary(config: ChatGLMConfig) -> Rotary:
     """Frequencies rounded to float16, as the original has them even when it runs in float32; one row for the
     position and one for the block position."""

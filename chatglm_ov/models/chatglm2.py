@@ -55,16 +55,6 @@ def is_ignored(config: ChatGLM2Config, name: str) -> bool:
     return name.endswith("inv_freq") or ".prefix_encoder." in name or (config.tie_word_embeddings and name == LM_HEAD)
 
 
-def rotary_buffers(config: ChatGLM2Config) -> list[str]:
-    """Stored rotary frequencies: all layers share them."""
-    return ["transformer.rotary_pos_emb.inv_freq"]
-
-
-def is_float32(name: str) -> bool:
-    """None: all tensors have one type."""
-    return False
-
-
 def rotary(config: ChatGLM2Config) -> Rotary:
     """Angles of the first half of the head, float32 (the form that the original takes in float32).
 

@@ -73,16 +73,6 @@ def is_ignored(config: GlmConfig, name: str) -> bool:
     return name.endswith("inv_freq") or (config.tie_word_embeddings and name == LM_HEAD)
 
 
-def rotary_buffers(config: GlmConfig) -> list[str]:
-    """None: transformers does not store them."""
-    return []
-
-
-def is_float32(name: str) -> bool:
-    """None: all tensors have one type."""
-    return False
-
-
 def rotary(config: GlmConfig) -> Rotary:
     """Angles of the first `rotary_dim` dims of a head, float32."""
     trained = config.max_position_embeddings

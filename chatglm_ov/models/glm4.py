@@ -17,19 +17,17 @@ from chatglm_ov.models.glm import (
     LAYER,
     LM_HEAD,
     input_folds,
-    is_float32,
     is_ignored,
     key_order,
     position_ids,
     prefix_length,
     rotary,
-    rotary_buffers,
     stacked_weights,
 )
 
 __all__ = [
-    "EMBEDDING", "FINAL_NORM", "LAYER", "LM_HEAD", "build", "input_folds", "is_float32", "is_ignored", "key_order",
-    "position_ids", "prefix_length", "rotary", "rotary_buffers", "stacked_weights", "weight_shapes",
+    "EMBEDDING", "FINAL_NORM", "LAYER", "LM_HEAD", "build", "input_folds", "is_ignored", "key_order",
+    "position_ids", "prefix_length", "rotary", "stacked_weights", "weight_shapes",
 ]  # fmt: skip
 
 NORMS = (*glm.NORMS, "post_self_attn_layernorm", "post_mlp_layernorm")

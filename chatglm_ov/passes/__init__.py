@@ -1,1 +1,1 @@
-"""What is rewritten in a graph of fused operations when it is loaded."""
+"""What is rewritten in a graph when it is loaded."""

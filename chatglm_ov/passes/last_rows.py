@@ -14,6 +14,9 @@ import openvino.opset15 as ops
 from chatglm_ov.lowering.graph import LOGITS_TO_KEEP, graph_input, last_rows
 from chatglm_ov.lowering.operations import attributes_of, operation
 
+ROW_BY_ROW = ("FullyConnected", "Norm", "Add")
+"""Operations whose rows of results are made of the same rows of their inputs."""
+
 
 def add_logits_to_keep(model: ov.Model) -> None:
     """Change `model` in place, whose logits are a MatMul of stock operations: the input is added that tells of how many
@@ -25,10 +28,6 @@ def add_logits_to_keep(model: ov.Model) -> None:
     head.input(0).replace_source_output(last_rows(head.input_value(0), count).output(0))
     model.add_parameters([count])
     model.validate_nodes_and_infer_types()
-
-
-ROW_BY_ROW = ("FullyConnected", "Norm", "Add")
-"""Operations whose rows of results are made of the same rows of their inputs."""
 
 
 def take_last_rows_early(model: ov.Model) -> None:

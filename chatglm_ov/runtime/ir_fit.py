@@ -8,9 +8,8 @@ import openvino as ov
 
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.lowering.graph import CACHE
 from chatglm_ov.lowering.operations import attributes_of
-
-_STATES = "past_key_values."
 
 
 def check_fits(model: ov.Model, config: ArchitectureConfig, xml: Path) -> None:
@@ -30,8 +29,8 @@ def check_fits(model: ov.Model, config: ArchitectureConfig, xml: Path) -> None:
 def _shapes(model: ov.Model) -> dict[str, int]:
     """What the graph tells of the names above; a stock one does not tell all of them."""
     states = {variable.info.variable_id: variable.info.data_shape for variable in model.get_variables()}
-    caches = {name: shape for name, shape in states.items() if name.startswith(_STATES)}
-    told = {"layers": len({name.removeprefix(_STATES).partition(".")[0] for name in caches})}
+    caches = {name: shape for name, shape in states.items() if name.startswith(CACHE)}
+    told = {"layers": len({name.removeprefix(CACHE).partition(".")[0] for name in caches})}
     for node in model.get_ops():
         if node.get_type_name() == "MultiHeadAttention":
             heads = attributes_of(node)

@@ -13,7 +13,8 @@ import numpy as np
 import openvino as ov
 
 from chatglm_ov.errors import ChatGLMError
-from chatglm_ov.lowering.fused import BEAM_TABLE, CACHE
+from chatglm_ov.lowering.fused import BEAM_TABLE
+from chatglm_ov.lowering.graph import CACHE
 from chatglm_ov.system.memory import available
 from chatglm_ov.system.sizes import size
 
@@ -91,7 +92,7 @@ class PluginCache:
         states = _states(self._request)
         for layer, parts in enumerate(zip(keys, values, strict=True)):
             for name, part in zip(("key", "value"), parts, strict=True):
-                states[f"past_key_values.{layer}.{name}"].state = ov.Tensor(np.ascontiguousarray(part[None]))
+                states[f"{CACHE}{layer}.{name}"].state = ov.Tensor(np.ascontiguousarray(part[None]))
 
     def truncate(self, columns: int) -> None:
         """The plugin's states only grow by themselves: what is left of each is copied."""
@@ -100,7 +101,7 @@ class PluginCache:
 
     def read(self, layer: int, attention_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         states = _states(self._request)
-        key, value = (states[f"past_key_values.{layer}.{part}"].state.data.copy() for part in ("key", "value"))
+        key, value = (states[f"{CACHE}{layer}.{part}"].state.data.copy() for part in ("key", "value"))
         return key, value
 
 

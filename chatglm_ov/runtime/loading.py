@@ -106,8 +106,12 @@ def load_model(
         # A setting of fused operations, for speed: what runs in their place is exact to 16 bits or more.
         settings = replace(settings, activation_bits=16)
     own = _fused_properties if ops == "fused" else _stock_properties
+    ours = own(settings, device)
     try:
-        ours = own(model, settings, device)
+        if ops == "fused":
+            _prepare_fused(model, settings.activation_bits)
+        else:
+            add_logits_to_keep(model)
     except RuntimeError as error:
         raise ChatGLMError(path, "IR", f"damaged ({last_line(error)})", "an IR as `convert` writes it") from error
     limit = thread_limit(core()) if device == "CPU" else {}
@@ -136,13 +140,11 @@ def _compile(model: ov.Model, device: str, properties: dict[str, Any]) -> ov.Com
         raise ChatGLMError(f"device {device}", "compilation", last_line(error), f"a device of {known}") from error
 
 
-def _stock_properties(model: ov.Model, settings: Settings, device: str) -> dict[str, Any]:
-    """Prepares `model` as well."""
+def _stock_properties(settings: Settings, device: str) -> dict[str, Any]:
     precision = settings.inference_precision
     if settings.activation_bits != 16:
         wanted = "16 with stock operations, whose activations the device chooses"
         raise ChatGLMError("load_model", "activation_bits", settings.activation_bits, wanted)
-    add_logits_to_keep(model)
     properties = {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
     if device != "CPU":
         return properties
@@ -162,16 +164,20 @@ def _plugin_cache_format(compiled: ov.CompiledModel, settings: Settings) -> str:
     return "int8" if name == "u8" else name
 
 
-def _fused_properties(model: ov.Model, settings: Settings, device: str) -> dict[str, Any]:
-    """Prepares `model` as well: the operations have their settings in themselves."""
+def _fused_properties(settings: Settings, device: str) -> dict[str, Any]:
     if device != "CPU":
         raise ChatGLMError("load_model", "device", repr(device), "'CPU', or a folder converted with --ops stock")
     if settings.inference_precision == "f16":
         raise ChatGLMError("load_model", "inference_precision", "'f16'", "f32 or bf16 with fused operations")
-    if settings.activation_bits != 16:
-        for node in model.get_ops():
-            if node.get_type_name() == "FullyConnected":
-                node.set_attribute("activation_bits", settings.activation_bits)
+    # Values between operations are f32. With another hint the plugin would convert them there and back.
+    return {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+def _prepare_fused(model: ov.Model, activation_bits: int) -> None:
+    """Change `model` in place: the operations have their settings in themselves."""
+    for node in model.get_ops():
+        if node.get_type_name() == "FullyConnected":
+            node.set_attribute("activation_bits", activation_bits)
     take_last_rows_early(model)
     fuse_norms(model)
     fuse_residuals(model)
@@ -179,8 +185,6 @@ def _fused_properties(model: ov.Model, settings: Settings, device: str) -> dict[
         chain_operations(model)
     else:
         in_place.copy_caches(model)
-    # Values between operations are f32. With another hint the plugin would convert them there and back.
-    return {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 @dataclass(frozen=True)

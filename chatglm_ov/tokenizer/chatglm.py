@@ -83,10 +83,6 @@ class ChatGLMTokenizer(PieceTokenizer):
     def gmask_token_id(self) -> int:
         return self._vocab[self.gmask_token]
 
-    @property
-    def end_token_id(self) -> int:
-        return self._vocab[self.end_token]
-
     # ---- encoding
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:

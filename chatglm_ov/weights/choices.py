@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.json_files import read_json_object
+from chatglm_ov.models import architecture, graph_shapes, lm_head_name
 from chatglm_ov.weight_formats import FORMATS, GROUP_SIZE, GROUP_SIZES, WeightFormat, int4_format
 
 EMBEDDING_FORMATS = ("f32", "bf16", "int8")
@@ -104,6 +106,27 @@ class FormatChoices:
         if not chosen.fits(columns):
             raise ChatGLMError(where, what, name, f"a format for {columns} columns: int4 takes multiples of 32")
         return chosen
+
+
+def matrix_formats(
+    config: ArchitectureConfig,
+    choices: FormatChoices,
+    model_format: str,
+    dtype: Callable[[str], str] = lambda name: "",
+) -> dict[str, WeightFormat]:
+    """The format of each matrix that a graph of `model_format` reads, by its name there. dtype(name): of the tensor in
+    the checkpoint."""
+    formats, head = {}, lm_head_name(config)
+    for name, shape in graph_shapes(config).items():
+        if len(shape) != 2:
+            continue
+        if name == head:
+            formats[name] = choices.lm_head(model_format, shape[1], dtype(name))
+        elif name == architecture(config).EMBEDDING:
+            formats[name] = choices.embedding(model_format)
+        else:
+            formats[name] = choices.linear(model_format, name, shape[1])
+    return formats
 
 
 def _table_format(model_format: str) -> WeightFormat:
