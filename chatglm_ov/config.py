@@ -29,6 +29,8 @@ class ArchitectureConfig(BaseModel):
     positions_field: ClassVar[str] = "max_position_embeddings"
     """Fields of the file that these three come from."""
     sees_whole_prompt: ClassVar[bool] = False
+    has_rotary_table: ClassVar[bool] = True
+    """Whether the original computes the angles of its positions once and has none for later ones."""
     """Whether a token of the prompt sees those behind it too."""
     takes_trained_prefix: ClassVar[bool] = False
     """Whether a checkpoint may hold a prefix encoder (`chatglm_ov.checkpoint.trained_prefix`)."""
@@ -66,6 +68,12 @@ class ArchitectureConfig(BaseModel):
         if self.head_dim % 4:
             raise ChatGLMError(where, self.head_dim_field, self.head_dim, "a multiple of 4")
 
+    @property
+    def position_limit(self) -> int | None:
+        """Positions from here on are refused, as the original has no row for them in its rotary table; None: no
+        limit."""
+        return self.max_positions if self.has_rotary_table else None
+
     if TYPE_CHECKING:
         # Fields of some architectures, computed by others.
 
@@ -83,8 +91,8 @@ class ArchitectureConfig(BaseModel):
 
         @property
         def max_positions(self) -> int | None:
-            """Positions from here on are refused: the original has no row for them in its rotary table. None: no
-            limit."""
+            """Positions that the model was made for, with what `rope_scaling` adds; None where the configuration tells
+            of none."""
 
 
 class ChatGLMConfig(ArchitectureConfig):
@@ -210,6 +218,7 @@ class GlmConfig(ArchitectureConfig):
     """`glm` of transformers: GLM-4-9B-chat-hf and GLM-Edge. Defaults are those of its class."""
 
     architecture: ClassVar[str] = "glm"
+    has_rotary_table: ClassVar[bool] = False
 
     num_layers: int = Field(gt=0, validation_alias="num_hidden_layers")
     vocab_size: int = Field(gt=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import index
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -136,6 +137,10 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         folder = self.config.name_or_path
         raise ChatGLMError("save_pretrained", "model", "a converted one", f"a copy of the folder {folder}")
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+        """Not offered, as there is nothing to save."""
+        raise ChatGLMError("push_to_hub", "model", "a converted one", "an upload of its folder by huggingface_hub")
+
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Not offered: neither pickle nor copy can take an open model along."""
         wanted = f"from_pretrained({str(self.config.name_or_path)!r}) in each process, which share the file's memory"
@@ -160,7 +165,7 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: StateCache | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         use_cache: bool | None = True,
         prompt_copies: int = 1,
         return_dict: bool | None = True,
@@ -186,11 +191,10 @@ class OVChatGLMForCausalLM(ChatMixin, StatefulGenerationMixin, PreTrainedModel):
         """
         refuse_tensors("forward", inputs_embeds=inputs_embeds, token_type_ids=token_type_ids)
         _refuse(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
-        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-            raise ChatGLMError("forward", "logits_to_keep", logits_to_keep, "0 (all) or a number of last columns")
+        kept = _last_columns(logits_to_keep)
         given = one_cache({"past_key_values": past_key_values, "cache": cache})
         with self.session.request.turns.taken():
-            cache, logits = self._forward(input_ids, attention_mask, position_ids, given, logits_to_keep)
+            cache, logits = self._forward(input_ids, attention_mask, position_ids, given, kept)
             self.session.bind(given)
             if prompt_copies > 1:
                 logits = logits.repeat(prompt_copies, axis=0)
@@ -265,6 +269,16 @@ def _check_others(others: dict[str, Any]) -> None:
         harmless, wanted = _NAMED_OTHERWISE[name]
         if value is not None and not (isinstance(value, str) and value in harmless):
             raise ChatGLMError("from_pretrained", name, repr(value), wanted)
+
+
+def _last_columns(logits_to_keep: int | torch.Tensor) -> int:
+    """A number, which may come as a tensor without dims."""
+    try:
+        if getattr(logits_to_keep, "ndim", 0) == 0 and (count := index(logits_to_keep)) >= 0:
+            return count
+    except TypeError:
+        pass
+    raise ChatGLMError("forward", "logits_to_keep", logits_to_keep, "0 (all) or a number of last columns")
 
 
 def _refuse(**wishes: bool | None) -> None:

@@ -80,6 +80,20 @@ def test_tools_reach_a_template_either_way(tokenizer):
     assert text.endswith("<|user|>\n你好<|assistant|>")
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{% generation %}{% set x = m.content %}{{ x }}{% endgeneration %}{% endfor %}",
+        "{{ strftime_now('%Y') }}{{ messages[0].content }}",
+        "{% if documents is not none %}{{ documents[0].text }}{% endif %}{{ messages[0].content }}",
+    ],
+)
+def test_what_transformers_gives_templates_is_there(tokenizer, source):
+    loaded = tokenizer(template=source)
+    wanted = loaded.apply_chat_template(ASKED, tokenize=False)
+    assert wanted and chat_format_for(loaded).conversation_text(loaded, ASKED) == wanted
+
+
 def test_tools_for_a_template_without_a_place_for_them(tokenizer):
     loaded = tokenizer(template="edge")
     with pytest.raises(ChatGLMError, match="chat_template: tools is given, expected none: the template has no place"):

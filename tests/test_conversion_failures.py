@@ -21,6 +21,7 @@ from chatglm_ov.config import parse_config
 from chatglm_ov.conversion import finished_folder, graph
 from chatglm_ov.models import architecture
 from chatglm_ov.presets import config_json
+from chatglm_ov.runtime.loading import load_model
 
 QKV = "transformer.encoder.layers.0.self_attention.query_key_value.weight"
 
@@ -199,6 +200,47 @@ def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt):
         to_int8(V2.checkpoint, tmp_path / "out")
     assert not names(tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["-replaced", "out"])
+def test_an_interrupted_replacement_leaves_one_folder(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Right behind the renaming of the old folder, and of the new one."""
+    out = to_int8(V2.checkpoint, tmp_path / "out")
+    rename = Path.rename
+
+    def interrupting(self: Path, target: Path) -> Path:
+        made = rename(self, target)
+        if str(target).endswith(moment):
+            monkeypatch.setattr(Path, "rename", rename)
+            raise KeyboardInterrupt
+        return made
+
+    monkeypatch.setattr(Path, "rename", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        to_int8(V2.checkpoint, out, overwrite=True)
+    assert names(tmp_path) == ["out"]
+    assert load_model(out).weight_format == "int8"
+
+
+def test_an_interrupt_of_the_cleaning_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rmtree, left = shutil.rmtree, [2]
+
+    def interrupting(folder: Path, ignore_errors: bool) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise KeyboardInterrupt
+        rmtree(folder, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(finished_folder.shutil, "rmtree", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        to_int8(V2.checkpoint, tmp_path / "out", overwrite=True)
+    assert left == [0] and names(tmp_path) == ["out"]
+
+
+def test_a_link_to_itself_is_told(tmp_path: Path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ChatGLMError, match="output is a link that leads to itself"):
+        to_int8(V2.checkpoint, tmp_path / "loop")
 
 
 KILLED = """

@@ -85,6 +85,7 @@ def test_logits_to_keep_is_the_tail_of_all(golden, open_model):
     whole = model(ids).logits
     for kept in (1, 5, 17):
         tail = model(ids, logits_to_keep=kept).logits
+        assert torch.equal(model(ids, logits_to_keep=torch.tensor(kept)).logits, tail)
         assert tail.shape[1] == kept
         assert largest(tail, whole[:, -kept:]) < SAME
 
@@ -197,6 +198,8 @@ def _wrong_inputs(model, ids):
     yield {"input_ids": ids, "past_key_values": filled}, "past_key_values: type is DynamicCache"
     yield {"input_ids": ids, "labels": ids[:, 1:]}, r"labels is of shape \[1, 4\], expected \[1, 5\]"
     yield {"input_ids": ids, "logits_to_keep": -1}, "logits_to_keep is -1"
+    yield {"input_ids": ids, "logits_to_keep": torch.tensor([0])}, "logits_to_keep is tensor"
+    yield {"input_ids": ids, "logits_to_keep": 1.0}, "logits_to_keep is 1.0"
     yield {"input_ids": ids, "output_attentions": True}, "output_attentions is True"
     yield {"input_ids": ids, "output_hidden_states": True}, "output_hidden_states is True"
     yield {"inputs_embeds": torch.zeros(1, 5, 8)}, "forward: inputs_embeds is given, expected input_ids"
@@ -248,7 +251,7 @@ def test_compiling_it_once_more_is_harmless(golden, open_model):
 @each_golden
 def test_position_beyond_the_table_is_refused(golden, open_model):
     model, ids = open_model(golden), golden.tensor("p5_input_ids")
-    limit = model.compiled.config.max_positions
+    limit = model.compiled.config.position_limit
     if limit is None:
         assert torch.isfinite(model(ids, position_ids=golden.tensor("p5_position_ids") + 10**4).logits).all()
         return
@@ -317,6 +320,8 @@ def test_config_has_what_generate_asks_for(golden, open_model):
     assert model.can_generate()
     with pytest.raises(ChatGLMError, match="save_pretrained"):
         model.save_pretrained("anywhere")
+    with pytest.raises(ChatGLMError, match="push_to_hub"):
+        model.push_to_hub("somebody/something")
     with pytest.raises(ChatGLMError, match="from_config: weights is none"):
         AutoModelForCausalLM.from_config(model.config)
 

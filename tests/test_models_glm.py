@@ -150,6 +150,18 @@ def test_the_trained_length_may_stand_beside_the_scaling():
     assert scaled.rope_scaling.original_max_position_embeddings == 4096
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_may_be_longer_than_the_model_was_made_for(kind, tmp_path):
+    """As with transformers, whose `glm` and `glm4` have no table of positions, and which warn of it."""
+    original = reference(kind, max_position_embeddings=32)
+    ours = converted(saved(original, tmp_path / "checkpoint"), tmp_path / "out", "fused")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS).logits, original(IDS).logits, rtol=0, atol=1e-4)
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(ours.generate(IDS[:, :20], **options), original.generate(IDS[:, :20], **options))
+    assert ours.compiled.config.max_positions == 32 and ours.compiled.config.position_limit is None
+
+
 def test_options_replace_what_stands_in_an_object(tmp_path):
     original = reference("glm", rope_theta=3e4)
     checkpoint = saved(original, tmp_path / "checkpoint")
@@ -183,9 +195,6 @@ def test_positions_grow_with_the_scaling():
 def test_scaling_is_an_option_of_conversion(rope_type, tmp_path):
     checkpoint = saved(reference("glm"), tmp_path / "checkpoint")
     long = torch.randint(2, TINY["vocab_size"], (1, 300), generator=torch.Generator().manual_seed(1))
-    plain = converted(checkpoint, tmp_path / "plain", "fused")
-    with pytest.raises(ChatGLMError, match="position 256"):
-        plain(long)
     scaled = converted(checkpoint, tmp_path / "scaled", "fused", rope_scaling={"rope_type": rope_type, "factor": 4.0})
     assert scaled.config.max_position_embeddings == 1024
     assert torch.isfinite(scaled(long).logits).all()

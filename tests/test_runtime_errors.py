@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from command_line import Outcome, finish, spawn
 from golden_cases import (  # noqa: F401
+    OPS,
     TOLERANCE,
     V1,
     V2,
@@ -25,6 +26,7 @@ from golden_cases import (  # noqa: F401
     golden_prompt,
     open_compiled,
     open_either,
+    own_prompt,
     without_library,
 )
 
@@ -244,9 +246,16 @@ def test_checkpoint_is_no_converted_folder():
         ({"inference_precision": "f64"}, "inference_precision is 'f64', expected one of"),
         ({"kv_cache_format": "u4"}, r"kv_cache_format is 'u4', expected one of \('f32', 'bf16', 'int8'\)"),
         ({"activation_bits": 4}, r"activation_bits is 4, expected one of \(16, 8\)"),
+        ({"activation_bits": 16.0}, r"activation_bits is 16\.0, expected one of \(16, 8\)"),
+        ({"weight_format": "../model/f32"}, r"weight_format is '\.\./model/f32', expected one of \['bf16', 'f32'\]"),
+        ({"properties": ["a"]}, r"properties is \['a'\], expected a dict of OpenVINO properties"),
+        ({"device": None}, "device is None, expected the name of a device"),
         ({"activation_bits": 8}, "activation_bits is 8, expected 16 with stock operations"),
         ({"device": "TOASTER"}, "device TOASTER: compilation is .*TOASTER.*, expected a device of .*CPU"),
-        ({"properties": {"NO_SUCH_PROPERTY": "1"}}, "NO_SUCH_PROPERTY"),
+        (
+            {"properties": {"NO_SUCH_PROPERTY": "1"}},
+            "NO_SUCH_PROPERTY.*, expected properties that it takes",
+        ),
     ],
     ids=str,
 )
@@ -276,6 +285,48 @@ def test_cache_format_of_stock_operations(cache_format, whole_folder: Path):
     assert model.kv_cache_format == cache_format
     # A property wins, and is what is told.
     assert load_model(whole_folder, "f32", properties={"KV_CACHE_PRECISION": plugins}).kv_cache_format == cache_format
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_weights_in_f32_are_computed_in_f32(ops, tmp_path: Path):
+    """Without being told so: who takes them wants the reference."""
+    folder = convert(V2.checkpoint, tmp_path / "out", ("f32", "bf16"), ops, progress=False)
+    plain, told = (load_model(folder, "f32", precision) for precision in (None, "f32"))
+    assert plain.kv_cache_format == "f32"
+    prompt = own_prompt(V2["p17_input_ids"], plain)
+    results = [prompt.feed(model.create_request()) for model in (plain, told)]
+    np.testing.assert_array_equal(*results)
+    assert load_model(folder, "bf16").kv_cache_format == "bf16"
+    assert load_model(folder, "f32", "bf16").kv_cache_format == "bf16"
+
+
+FORK = """
+import os, sys, traceback
+from chatglm_ov import OVChatGLMForCausalLM
+model = OVChatGLMForCausalLM.from_pretrained(sys.argv[1], properties={"INFERENCE_NUM_THREADS": 1})
+import torch
+ids = torch.tensor([[5, 6, 7]])
+model.generate(ids, max_new_tokens=2)
+for use in (lambda: model.generate(ids, max_new_tokens=2), lambda: OVChatGLMForCausalLM.from_pretrained(sys.argv[1])):
+    sys.stdout.flush()
+    if os.fork() == 0:
+        try:
+            use()
+        except Exception as error:
+            print(error, flush=True)
+        os._exit(0)
+    os.wait()
+print(model.generate(ids, max_new_tokens=2).shape[1])
+"""
+
+
+@pytest.mark.parametrize("ops", OPS)
+def test_a_fork_is_told_and_does_not_wait_forever(ops, tmp_path: Path):
+    folder = convert(V2.checkpoint, tmp_path / "out", ("f32",), ops, progress=False)
+    *told, last = in_another_process(FORK, folder).out.splitlines()
+    wanted = "model: process is a fork of one that has loaded a model, expected from_pretrained() in each process"
+    assert len(told) == 2 and all(line.startswith(wanted) for line in told), told
+    assert last == "5"
 
 
 # Fused operations

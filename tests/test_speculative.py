@@ -4,10 +4,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from glm_models import TINY, reference, saved
+from golden_cases import V2
 from golden_sets import GOLDENS, open_either_model, open_model  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
@@ -205,21 +210,26 @@ def test_as_many_are_guessed_as_are_worth_their_check():
     assert counts == sorted(counts)
 
 
-def test_guesses_end_where_the_positions_do(models, tmp_path):
-    model = models("large")
-    limit = TINY["max_position_embeddings"]
-    ids = REPEATED.repeat(1, 7)[:, : limit - 6]
-    stop = StoppingCriteriaList([lambda ids, scores, **_: torch.tensor([ids.shape[1] == limit - 1])])
-    options = {"max_length": 2 * limit, "do_sample": False, "stopping_criteria": stop}
+def test_guesses_end_where_the_positions_do(tmp_path):
+    """ChatGLM2's table of positions; an assistant with fewer of them has nothing to say from there on."""
+    models = {}
+    for limit in (60, 40):
+        checkpoint = Path(shutil.copytree(V2.checkpoint, tmp_path / f"{limit}-checkpoint"))
+        fields = json.loads((checkpoint / "config.json").read_text())
+        (checkpoint / "config.json").write_text(json.dumps({**fields, "seq_length": limit}))
+        convert(checkpoint, tmp_path / f"{limit}", ("f32",), progress=False)
+        models[limit] = OVChatGLMForCausalLM.from_pretrained(tmp_path / f"{limit}", "f32")
+    model, ids = models[60], V2.tensor("p17_input_ids").repeat(1, 4)[:, :54]
+    stop = StoppingCriteriaList([lambda ids, scores, **_: torch.tensor([ids.shape[1] == 59])])
+    options = {"max_length": 120, "do_sample": False, "eos_token_id": [], "stopping_criteria": stop}
     wanted = model.generate(ids, **options)
-    assert wanted.shape[1] == limit - 1
+    assert wanted.shape[1] == 59
     assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=10, **options), wanted)
-    # An assistant with fewer positions has nothing to say from there on.
-    short = reference("glm", max_position_embeddings=40)
-    convert(saved(short, tmp_path / "checkpoint"), tmp_path / "out", ("f32",), progress=False)
-    assistant = OVChatGLMForCausalLM.from_pretrained(tmp_path / "out", "f32", "f32")
-    assistant.generation_config.assistant_confidence_threshold = 0.0
-    assert torch.equal(greedy(model, assistant_model=assistant), greedy(model))
+    models[40].generation_config.assistant_confidence_threshold = 0.0
+    assert torch.equal(
+        model.generate(ids[:, :36], assistant_model=models[40], **options)[:, :59],
+        model.generate(ids[:, :36], **options),
+    )
 
 
 def test_one_end_and_a_list_of_it_are_the_same(models, tmp_path):

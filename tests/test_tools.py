@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import DATA, TOOLS, Outcome, Run, checkpoint, converted, copy_of, finish, names, run, spawn  # noqa: F401
+from glm_models import reference, saved
 from safetensors.torch import save_file
+from tokenizer_cases import fast_folder
 from transformers import dynamic_module_utils
 
-from chatglm_ov import OVChatGLMForCausalLM, load_tokenizer
+from chatglm_ov import OVChatGLMForCausalLM, convert, load_tokenizer
 from chatglm_ov.cli.answer import as_text
 
 Tool = Callable[..., Outcome]
@@ -160,6 +162,20 @@ def test_torch_for_a_checkpoint_without_code(checkpoint: Path, converted: Path, 
     (source / "config.json").write_text(json.dumps(config))
     told = tool("test_chatglm", source, converted, "--use=torch", "--trust-remote-code").error
     assert "auto_map is missing" in told
+
+
+def test_torch_has_classes_of_its_own_for_glm(tmp_path: Path, tool: Tool) -> None:
+    source = fast_folder(saved(reference("glm", vocab_size=480), tmp_path / "checkpoint"))
+    folder = convert(source, tmp_path / "out", ("f32",), progress=False)
+    told = tool("test_chatglm", source, folder, "--use=torch", "--prompt", "你好", "--max-new-tokens", 5)
+    assert told.code == 0, told.err
+    assert [answer for _, answer in parts(told.out)] == greedy(folder, "f32", ["你好"], 5)
+
+
+def test_test_chatglm_takes_the_only_format(checkpoint: Path, tmp_path: Path, tool: Tool) -> None:
+    folder = convert(checkpoint, tmp_path / "out", ("int4",), progress=False)
+    done = tool("test_chatglm", checkpoint, folder, "--prompt", "你好", "--max-new-tokens", 3)
+    assert done.code == 0 and "has no bf16: int4" in done.err
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@
 
 Answers are greedy, so the same every time. `--use=ov` runs the converted folder OUT: bf16, int8 with USE_INT8_WEIGHT=1,
 or `--weight-format`. `--use=torch` runs the checkpoint's own code, which can do anything on this machine:
-`--trust-remote-code` says that you have read it.
+`--trust-remote-code` says that you have read it. For `glm` and `glm4` checkpoints, which have none, transformers' own
+classes are run.
 """
 
 import argparse
@@ -45,13 +46,25 @@ def run(arguments: argparse.Namespace) -> None:
         model, tokenizer = open_original(arguments.checkpoint, arguments.trust_remote_code)
         answer_to = ask_original
     else:
-        default = "int8" if os.environ.get("USE_INT8_WEIGHT", "0") not in ("", "0", "false", "no", "off") else "bf16"
-        model, tokenizer = open_model(arguments.output, arguments.weight_format or default)
+        model, tokenizer = open_model(arguments.output, arguments.weight_format or default_format(arguments.output))
     for prompt in arguments.prompt or PROMPTS:
         answer = answer_to(model, tokenizer, prompt, do_sample=False, max_new_tokens=arguments.max_new_tokens)
         resident, anonymous = memory()
         print(f"prompt: {prompt}\nanswer: {answer.text}\n{answer.timing}")
         print(f"memory: {size(resident)} resident, {size(anonymous)} anonymous\n", flush=True)
+
+
+def default_format(folder: Path) -> str:
+    """bf16, or int8 as the environment asks; the only format of a folder that has neither, as that of a quantized
+    checkpoint."""
+    from chatglm_ov.runtime.loading import weight_formats
+
+    asked = "int8" if os.environ.get("USE_INT8_WEIGHT", "0") not in ("", "0", "false", "no", "off") else "bf16"
+    there = weight_formats(folder)
+    if len(there) != 1 or asked in there:
+        return asked
+    print(f"{folder} has no {asked}: {there[0]}", file=sys.stderr)
+    return there[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

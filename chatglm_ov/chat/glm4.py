@@ -53,8 +53,8 @@ class GLM4Format(RolesFormat):
             for message in prepared
         ]
         special = getattr(tokenizer, "special_tokens_map", {})
-        values = special | {"messages": written, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        return render(source, self.escaped_json, values)
+        values = special | {"messages": written, "tools": tools, "documents": None}
+        return render(source, self.escaped_json, values | {"add_generation_prompt": add_generation_prompt})
 
     def conversation_ids(
         self, tokenizer: Any, messages: Sequence[Message], tools: Any = None, add_generation_prompt: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -60,7 +61,11 @@ def answer_opening(source: str) -> str:
     """What the prompt writes of an answer: the text behind the last `<|assistant|>` of a rendered question."""
     messages = [{"role": "user", "content": "?"}]
     try:
-        text = render(source, False, {"messages": messages, "tools": None, "add_generation_prompt": True})
+        text = render(
+            source,
+            False,
+            {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True},
+        )
     except ChatGLMError:
         return ""
     _, role, opening = text.rpartition("<|assistant|>")
@@ -75,12 +80,25 @@ def _compiled(source: str, escaped_json: bool) -> Any:
 @lru_cache
 def _environment(escaped_json: bool) -> Any:
     """Jinja as transformers sets it up for chat templates: a sandbox, the newline after a block tag dropped."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    class Generation(Extension):
+        """`{% generation %}` marks what a model is trained on; the text is that without the mark."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
     )
     environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     if not escaped_json:
         environment.filters["tojson"] = _tojson
     return environment

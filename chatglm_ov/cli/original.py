@@ -14,22 +14,30 @@ from chatglm_ov.cli.answer import Answer, ask
 from chatglm_ov.config import read_config_json
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.generation.timing import Stopwatch
+from chatglm_ov.tokenizer import load_tokenizer
 
 
 def open_original(checkpoint: Path, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Model and tokenizer of the folder by its own code, in float32.
+    """Model and tokenizer of the folder, in float32: by its own code, or, where it brings none, by transformers' own
+    classes and our tokenizer.
 
-    Raises ChatGLMError without `trust_remote_code`, for a folder without code, and where the code fails.
+    Raises ChatGLMError without `trust_remote_code` for a folder with code, for one of which neither has the model, and
+    where the code fails.
     """
-    if not trust_remote_code:
-        raise ChatGLMError(checkpoint, "--trust-remote-code", "missing", "given: the checkpoint's own code is run")
-    if "auto_map" not in read_config_json(checkpoint):
-        raise ChatGLMError(checkpoint / "config.json", "auto_map", "missing", "the names of the checkpoint's classes")
+    fields = read_config_json(checkpoint)
     transformers.logging.set_verbosity_error()
+    if "auto_map" in fields:
+        if not trust_remote_code:
+            raise ChatGLMError(checkpoint, "--trust-remote-code", "missing", "given: the checkpoint's own code is run")
+        with _its_own_errors(checkpoint):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+            model = transformers.AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+            return model.float().eval(), tokenizer
+    if fields.get("model_type") not in ("glm", "glm4"):
+        raise ChatGLMError(checkpoint / "config.json", "auto_map", "missing", "the names of the checkpoint's classes")
     with _its_own_errors(checkpoint):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
-        model = transformers.AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
-        return model.float().eval(), tokenizer
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    return model.float().eval(), load_tokenizer(checkpoint)
 
 
 def ask_original(model: Any, tokenizer: Any, query: str, **options: Any) -> Answer:

@@ -28,6 +28,10 @@ def check_arguments(source: Path, target: Path, weight_formats: Sequence[str], o
             raise ChatGLMError("convert", "weight_formats", repr(name), f"one of {', '.join(FORMATS)}")
     if ops not in OPS:
         raise ChatGLMError("convert", "ops", repr(ops), f"one of {', '.join(OPS)}")
+    try:
+        target.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError before Python 3.13
+        raise ChatGLMError(target, "output", "a link that leads to itself", "a folder that is new or empty") from error
     if target.exists() and not target.is_dir():
         raise ChatGLMError(target, "output", "a file", "a folder that is new or empty")
     check_apart(target, source, "checkpoint")

@@ -61,27 +61,29 @@ def folder_beside(target: Path, mode: int = 0o777) -> Iterator[Path]:
     for `target`. mode: who may look into it, as far as the umask lets them."""
     remove_leftovers(target)
     folder = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
-    folder.mkdir(mode)
     try:
+        folder.mkdir(mode)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
 
 
 def _put_in_place(partial: Path, target: Path, overwrite: bool, replace: bool) -> None:
     """The old folder is removed when the new one stands in its place."""
     if overwrite and replace and target.exists():
         replaced = partial.with_name(f"{partial.name}-replaced")
-        target.rename(replaced)
-        partial.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
+        try:
+            _swap(partial, target, replaced)
+        finally:
+            if target.exists():
+                _remove(replaced)
     elif target.exists():
         # Somebody may be in that folder, so it stays; what makes it a finished one comes last.
         if any(target.iterdir()) and not overwrite:
             raise OSError(ENOTEMPTY, "not empty any more: another conversion was faster")
         for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == "config.json"):
             old = target / entry.name
-            if old.is_dir() and not old.is_symlink():
+            if entry.is_dir() and os.path.lexists(old):
                 _swap(entry, old, partial / f"{entry.name}.replaced")
             else:
                 entry.replace(old)
@@ -92,12 +94,26 @@ def _put_in_place(partial: Path, target: Path, overwrite: bool, replace: bool) -
 
 def _swap(new: Path, old: Path, aside: Path) -> None:
     """A folder in the place of another one, which goes to `aside`, and comes back where that fails."""
-    old.rename(aside)
     try:
+        old.rename(aside)
         new.rename(old)
     except BaseException:
-        aside.rename(old)
+        if aside.exists() and not old.exists():
+            aside.rename(old)
         raise
+
+
+def _remove(folder: Path) -> None:
+    """Also where Ctrl-C comes meanwhile, which is told when all is removed."""
+    interrupted = None
+    while True:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            break
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
 
 
 def remove_leftovers(target: Path) -> None:

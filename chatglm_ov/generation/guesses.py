@@ -100,7 +100,7 @@ class Assistant:
         self._model, self._num_tokens, self._confidence = model, num_tokens, confidence
 
     def guess(self, ids: np.ndarray, room: int) -> np.ndarray:
-        limit = self._model.compiled.config.max_positions
+        limit = self._model.compiled.config.position_limit
         room = room if limit is None else min(room, limit - len(ids))
         if room < 1:
             return ids[:0]

@@ -140,7 +140,7 @@ class StatefulGenerationMixin(GenerationMixin):
 
     def _columns_within_positions(self, step: Step, columns: int) -> int | None:
         """Columns of a text that fills the model, its last token being one that is not fed; None without a limit."""
-        limit = self.compiled.config.max_positions
+        limit = self.compiled.config.position_limit
         return None if limit is None else columns + max(1, limit - int(step.position_ids[..., -1].max()))
 
     def _get_stopping_criteria(  # type: ignore[override]

@@ -107,7 +107,7 @@ def decode(
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
     cache, made = model_kwargs.get(CACHE_NAME), _Made(input_ids, choice, streamer)
     model.speculation = told = Speculation()
-    limit = model.compiled.config.max_positions or choice.config.max_length
+    limit = model.compiled.config.position_limit or choice.config.max_length
     while not made.done:
         ids = made.ids
         room = min(choice.config.max_length - ids.shape[1] - 1, limit - 1 - int(positions[..., -1].max()))

@@ -5,6 +5,7 @@ One `CompiledModel` serves prompt and decode; each `Request` made from it has a 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ from chatglm_ov.runtime import in_place
 from chatglm_ov.runtime.ir_fit import check_fits
 from chatglm_ov.runtime.ir_reading import core, runnable_ir
 from chatglm_ov.runtime.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, KVCache, PluginCache
+from chatglm_ov.runtime.process import check_process
 from chatglm_ov.runtime.request import Request
 from chatglm_ov.system.processors import thread_limit
 from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, UNPACKED
@@ -31,6 +33,8 @@ from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, UNPACKED
 PRECISIONS = ("f32", "bf16", "f16")
 KV_CACHE_FORMATS = tuple(ELEMENT_TYPES)
 ACTIVATION_BITS = (16, 8)
+
+log = logging.getLogger(__name__)
 
 
 def weight_formats(folder: str | Path) -> list[str]:
@@ -61,7 +65,7 @@ class Settings:
             ("activation_bits", ACTIVATION_BITS),
         ):
             value = getattr(self, name)
-            if value not in known:
+            if value not in known or isinstance(value, float):
                 wanted = f"one of {tuple(each for each in known if each is not None)}"
                 raise ChatGLMError("load_model", name, repr(value), wanted)
 
@@ -83,7 +87,8 @@ def load_model(
     """Compile one weight format of a converted folder.
 
     inference_precision: with stock operations f32 computes everything in f32, cache included, and is the numerical
-    reference; bf16 and f16 are passed to the device; None leaves the choice to the device. Fused operations choose
+    reference; bf16 and f16 are passed to the device; None is f32 for weights in f32, which nobody takes for speed, and
+    else leaves the choice to the device. Fused operations choose
     by the weights what they compute in; it stands for the format of the cache there.
     kv_cache_format: f32, bf16 or int8; None: f32 if the inference precision is, else bf16.
     activation_bits: 8 multiplies int8 and int4 weights with 8-bit activations, which is faster for prompts and less
@@ -92,12 +97,19 @@ def load_model(
     Fused operations are unpacked to stock ones, with a warning, where the native library cannot be used.
     Raises ChatGLMError when the folder does not hold that format, or what it holds cannot run here.
     """
+    check_process()
+    if not isinstance(device, str):
+        raise ChatGLMError("load_model", "device", repr(device), "the name of a device, such as 'CPU'")
+    if not isinstance(properties, dict | None):
+        raise ChatGLMError("load_model", "properties", repr(properties), "a dict of OpenVINO properties")
     folder, device = Path(folder), device.upper()
     config = _converted_config(folder)
-    settings = Settings(inference_precision, kv_cache_format, activation_bits)
     weight_format = default_weight_format(folder) if weight_format is None else weight_format
+    if weight_format == "f32" and inference_precision is None:
+        inference_precision = "f32"
+    settings = Settings(inference_precision, kv_cache_format, activation_bits)
     path = folder / weight_format / IR_NAME
-    if not path.exists():
+    if weight_format not in weight_formats(folder):
         raise ChatGLMError(folder, "weight_format", repr(weight_format), f"one of {weight_formats(folder)}")
     model = runnable_ir(path, config, weight_format)
     check_fits(model, config, path)
@@ -107,6 +119,8 @@ def load_model(
         settings = replace(settings, activation_bits=16)
     own = _fused_properties if ops == "fused" else _stock_properties
     ours = own(settings, device)
+    if ops == "fused" and "KV_CACHE_PRECISION" in (properties or {}):
+        log.warning("KV_CACHE_PRECISION changes nothing with fused operations: kv_cache_format is theirs")
     try:
         if ops == "fused":
             _prepare_fused(model, settings.activation_bits)
@@ -136,8 +150,11 @@ def _compile(model: ov.Model, device: str, properties: dict[str, Any]) -> ov.Com
     try:
         return core().compile_model(model, device, properties)
     except RuntimeError as error:
-        known = ", ".join(core().available_devices)
-        raise ChatGLMError(f"device {device}", "compilation", last_line(error), f"a device of {known}") from error
+        known = core().available_devices
+        wanted = "properties that it takes, and memory for the model"
+        if device not in known:
+            wanted = f"a device of {', '.join(known)}"
+        raise ChatGLMError(f"device {device}", "compilation", last_line(error), wanted) from error
 
 
 def _stock_properties(settings: Settings, device: str) -> dict[str, Any]:

@@ -190,7 +190,7 @@ class Request:
 
     def check_positions(self, position_ids: np.ndarray) -> None:
         """Raise ChatGLMError for positions, of any shape, that the model does not have."""
-        limit = self.config.max_positions
+        limit = self.config.position_limit
         _check_range("position_ids", position_ids, limit, "position", f" ({self.config.positions_field} {limit})")
 
     def _behind_the_prefix(self, inputs: dict[str, np.ndarray], continued: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.runtime.process import check_process
 
 _POLL_SECONDS = 0.05
 
@@ -30,7 +31,9 @@ class Turns:
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Raises ChatGLMError where this thread would wait for itself, or, as the main thread, for a stream that it
-        reads: a program that has left one open should be told, and not wait for its last token."""
+        reads: a program that has left one open should be told, and not wait for its last token. In a fork as
+        `check_process` does."""
+        check_process()
         me, user = threading.current_thread(), self._user
         if user is not None and user is not me and _in_vain(user, _asking(me)):
             wanted = (
