@@ -110,9 +110,6 @@ def test_commands_and_programs_run(
     prefix = {"transformer.prefix_encoder.embedding.weight": torch.zeros(4, 2 * LAYERS * KEY_VALUE_FEATURES)}
     save_file(prefix, "chatglm3-6b-ptuning/model.safetensors")
     found = blocks(page)
-    for kind, text in found:
-        if kind == "json":
-            Path("poems.jsonl").write_text(text, encoding="utf-8")
     commands = [line for kind, text in found if kind == "bash" for line in lines(text)]
     for name in {word for line in commands for word in line.split()} & set(PRESETS) - {"chatglm3-6b"}:
         write_page_checkpoint(name, Path(name))
@@ -122,6 +119,8 @@ def test_commands_and_programs_run(
         if kind == "bash":
             for line in lines(text):
                 run_command(line)
+        elif kind == "json":
+            Path("poems.jsonl").write_text(text, encoding="utf-8")
         elif kind == "python":
             Path("program.py").write_text(text, encoding="utf-8")
             runpy.run_path("program.py", run_name="__main__")
