@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.field_errors import field_error
 from chatglm_ov.json_files import read_json_object
+from chatglm_ov.published_names import is_chatglm2
 from chatglm_ov.rope_scaling import RopeScaling
 
 
@@ -314,43 +316,6 @@ def parse_config(fields: dict[str, Any], where: Path | str = "config.json") -> A
         raise field_error(where, fields, error) from None
     config.check(where)
     return config
-
-
-def field_error(where: Path | str, fields: dict[str, Any], error: ValidationError) -> ChatGLMError:
-    """The error that tells the first field that is wrong. Of a union pydantic reports every branch that failed."""
-    failures = error.errors()
-    where_in_file = failures[0]["loc"]
-    # Behind the field's name a union has that of the branch.
-    nested = where_in_file[0] == "rope_scaling" and len(where_in_file) > 1
-    field = ".".join(map(str, where_in_file if nested else where_in_file[:1]))
-    if failures[0]["type"] == "missing":
-        return ChatGLMError(where, field, "missing", "a value")
-    messages = dict.fromkeys(failure["msg"] for failure in failures if failure["loc"][0] == where_in_file[0])
-    wanted = " or ".join(message.removeprefix("Input should be ") for message in messages)
-    seen = failures[0]["input"] if nested else fields.get(field, failures[0]["input"])
-    return ChatGLMError(where, field, repr(seen), wanted)
-
-
-_GENERATIONS = {2: ("chatglm2", "codegeex2"), 3: ("chatglm3",), 4: ("glm4", "codegeex4")}
-"""Parts of the names under which the models of ChatGLM2's architecture are published, without hyphens."""
-
-
-def generation_of_name(name: Any) -> int | None:
-    """The generation, 2 to 4, that the name of a folder or of a published model tells; None if it tells none, or
-    several."""
-    plain = re.sub("[-_ ]", "", str(name or "").lower())
-    found = [generation for generation, parts in _GENERATIONS.items() if any(part in plain for part in parts)]
-    return found[0] if len(found) == 1 else None
-
-
-def is_chatglm2(fields: dict[str, Any]) -> bool:
-    """Whether a config.json of ChatGLM2's architecture is that of ChatGLM2 or CodeGeeX2 themselves: by its name, or
-    else by its `transformers_version`, 4.27.1 in what is published of these two, 4.30.2 or later in all others."""
-    generation = generation_of_name(fields.get("_name_or_path"))
-    if generation is not None:
-        return generation == 2
-    version = re.match(r"(\d+)\.(\d+)", str(fields.get("transformers_version", "")))
-    return version is not None and (int(version[1]), int(version[2])) < (4, 30)
 
 
 def read_config_json(folder: Path | str) -> dict[str, Any]:

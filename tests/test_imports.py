@@ -11,7 +11,7 @@ import chatglm_ov
 ROOT = Path(chatglm_ov.__file__).parent
 
 ORDER = (
-    "errors json_files unicode system native rope_scaling config presets weight_formats",
+    "errors field_errors json_files unicode system native published_names rope_scaling config presets weight_formats",
     "lowering.__init__ models checkpoint weights lowering",
     "chat tokenizer documents calibration conversion",
     "passes runtime generation modeling",

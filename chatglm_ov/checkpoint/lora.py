@@ -25,8 +25,9 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from chatglm_ov.checkpoint.files import FLOATS
 from chatglm_ov.checkpoint.quantized import QuantizedTensor
 from chatglm_ov.checkpoint.reader import Checkpoint, Rows, Tensor, checked
-from chatglm_ov.config import ArchitectureConfig, field_error
+from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError
+from chatglm_ov.field_errors import field_error
 from chatglm_ov.json_files import read_json_object
 from chatglm_ov.models import architecture
 

@@ -1,4 +1,4 @@
-"""`chatglm-ov convert`, and what tools/gen_chatglm.py runs."""
+"""`chatglm-ov convert`: from a checkpoint folder to a converted folder. tools/gen_chatglm.py is the same command."""
 
 from __future__ import annotations
 
@@ -27,6 +27,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder as the model's authors publish it")
     parser.add_argument("output", type=Path, help="folder to write: new or empty, unless --overwrite or --add")
     parser.add_argument(
+        "--overwrite", action="store_true", help="replace a converted folder, or write beside what is in another"
+    )
+    parser.add_argument("--add", action="store_true", help="write further formats into a converted folder of the model")
+    parser.add_argument("--ops", choices=("fused", "stock"), default="fused", help="default: fused, where it is built")
+    parser.add_argument(
+        "--p-tuning", type=Path, metavar="FOLDER", help="with the trained prefix encoder of a P-Tuning v2 (pre_seq_len)"
+    )
+    parser.add_argument(
+        "--lora", type=Path, metavar="FOLDER", help="adapter_config.json and weights as PEFT saves them, to be merged"
+    )
+    _add_formats(parser.add_argument_group("weight formats"))
+    _add_calibration(parser.add_argument_group("calibration"))
+    _add_positions(parser.add_argument_group("positions"))
+
+
+def _add_formats(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--weight-format",
         nargs="+",
         action="extend",
@@ -34,52 +51,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help=f"any of {', '.join(WEIGHT_FORMATS)} (default: {' '.join(DEFAULT_FORMATS)}; with a calibration int4)",
     )
-    parser.add_argument(
-        "--p-tuning", type=Path, metavar="FOLDER", help="with the trained prefix encoder of a P-Tuning v2 (pre_seq_len)"
-    )
-    parser.add_argument(
-        "--lora", type=Path, metavar="FOLDER", help="adapter_config.json and weights as PEFT saves them, to be merged"
-    )
-    parser.add_argument("--ops", choices=("fused", "stock"), default="fused", help="default: fused, where it is built")
-    parser.add_argument(
+    group.add_argument(
         "--group-size", type=int, choices=(128, 64, 32), help="columns that share a scale in int4 (default: 128)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--lm-head-format", choices=WEIGHT_FORMATS, help="default: as --weight-format, int8 in an int4 model"
     )
-    parser.add_argument("--embedding-format", choices=WEIGHT_FORMATS[:3], help="default: likewise")
-    parser.add_argument(
+    group.add_argument("--embedding-format", choices=WEIGHT_FORMATS[:3], help="default: likewise")
+    group.add_argument(
         "--layer-formats", type=Path, metavar="FILE", help="JSON object of formats by patterns of weight names"
     )
-    parser.add_argument("--awq", action="store_true", help="int4: scale columns by their activations, clip ranges")
-    parser.add_argument("--gptq", action="store_true", help="int4 and int8: clip ranges, compensate rounding errors")
-    parser.add_argument(
+
+
+def _add_calibration(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--awq", action="store_true", help="int4: scale columns by their activations, clip ranges")
+    group.add_argument("--gptq", action="store_true", help="int4 and int8: clip ranges, compensate rounding errors")
+    group.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
         help=".txt or .jsonl, or either with .xz, for --awq and --gptq, both if neither is given (default: poems)",
     )
-    parser.add_argument("--calibration-field", metavar="NAME", help="of a .jsonl object: its text (default: text)")
-    parser.add_argument(
+    group.add_argument("--calibration-field", metavar="NAME", help="of a .jsonl object: its text (default: text)")
+    group.add_argument(
         "--calibration-prompt", metavar="TEXT", help="asked before each object, as `eval --prompt` does it"
     )
-    parser.add_argument("--calibration-tokens", type=number(int, 1), metavar="N", help="default: 16384")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a converted folder, or write beside what is in another"
-    )
-    parser.add_argument("--add", action="store_true", help="write further formats into a converted folder of the model")
-    parser.add_argument(
+    group.add_argument("--calibration-tokens", type=number(int, 1), metavar="N", help="default: 16384")
+
+
+def _add_positions(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--rope-ratio-meaning",
         choices=("position", "base"),
         help="what rope_ratio does, where config.json leaves it open: divide the position or multiply the base",
     )
-    parser.add_argument(
+    group.add_argument(
         "--rope-theta",
         type=number(float, 1, above=True),
         metavar="BASE",
         help="rotary base, where config.json is wrong",
     )
-    parser.add_argument(
+    group.add_argument(
         "--rope-scaling",
         type=_rope_scaling,
         metavar="TYPE:FACTOR",

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from chatglm_ov.checkpoint.files import refuse_placeholder
-from chatglm_ov.config import generation_of_name, is_chatglm2
 from chatglm_ov.errors import ChatGLMError, first_line
 from chatglm_ov.json_files import read_json_object
+from chatglm_ov.published_names import generation_of_name, is_chatglm2
 from chatglm_ov.tokenizer.ranks import read_ranks
 from chatglm_ov.tokenizer.sentencepiece_model import load_sentencepiece
 
