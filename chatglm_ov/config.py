@@ -323,8 +323,10 @@ def read_config_json(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
         # A name as hubs have them: nothing is fetched here.
-        download = " (download it first)" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) else ""
-        raise ChatGLMError(folder, "folder", "missing", f"a folder with config.json{download}")
+        is_file = Path(folder).exists()
+        download = " (download it first)" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not is_file else ""
+        seen = "a file" if is_file else "missing"
+        raise ChatGLMError(folder, "folder", seen, f"a folder with config.json{download}")
     if not path.exists():
         raise ChatGLMError(folder, "config.json", "missing", "a file")
     return read_json_object(path)

@@ -44,7 +44,10 @@ _LEFT_OUT = {
 
 
 # Arguments of other libraries' from_pretrained(). What these ask for is so in any case, or has no meaning here.
-_WITHOUT_EFFECT = {"cache_dir", "compile", "local_files_only", "low_cpu_mem_usage", "trust_remote_code"}
+_WITHOUT_EFFECT = {
+    "cache_dir", "compile", "force_download", "local_files_only", "low_cpu_mem_usage", "revision", "token",
+    "trust_remote_code", "use_cache", "use_safetensors",
+}  # fmt: skip
 _PRECISION = "weight_format (of the weights) or inference_precision (of the arithmetic)"
 # These have another name here, beside the values, besides None, that ask for nothing.
 _NAMED_OTHERWISE: dict[str, tuple[tuple[str, ...], str]] = {
@@ -52,6 +55,9 @@ _NAMED_OTHERWISE: dict[str, tuple[tuple[str, ...], str]] = {
     "dtype": (("auto",), _PRECISION),
     "torch_dtype": (("auto",), _PRECISION),
     "quantization_config": ((), "weight_format"),
+    "load_in_8bit": ((), "weight_format='int8'"),
+    "load_in_4bit": ((), "weight_format='int4'"),
+    "export": ((), "a converted folder: chatglm-ov convert"),
     "ov_config": ((), "properties"),
     "attn_implementation": ((), "none: attention is part of the converted model"),
 }
@@ -267,7 +273,7 @@ def _check_others(others: dict[str, Any]) -> None:
         if name not in _NAMED_OTHERWISE:
             raise TypeError(f"from_pretrained() got an unexpected keyword argument {name!r}")
         harmless, wanted = _NAMED_OTHERWISE[name]
-        if value is not None and not (isinstance(value, str) and value in harmless):
+        if value is not None and value is not False and not (isinstance(value, str) and value in harmless):
             raise ChatGLMError("from_pretrained", name, repr(value), wanted)
 
 

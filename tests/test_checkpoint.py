@@ -217,6 +217,14 @@ def test_folder_is_not_there(tmp_path: Path) -> None:
     refuses(tmp_path / "file", "is a file", "a folder")
 
 
+def test_weights_that_are_no_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    refuses(tmp_path, "model.safetensors", "a link to a file that is not there")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").mkdir()
+    refuses(tmp_path, "model.safetensors", "a folder")
+
+
 def test_no_weights(tmp_path: Path) -> None:
     refuses(tmp_path, "weights is missing", "empty")
     for name in ("config.json", "modeling_chatglm.py"):

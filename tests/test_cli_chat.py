@@ -32,7 +32,7 @@ def converse(converted: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Conv
     """Function from the lines that the user gives, and options, to what is printed, but for the remark behind each
     answer that it is cut."""
 
-    def hold(lines: Iterable[str], *options: object) -> str:
+    def hold(lines: Iterable[str], *options: object, code: int = 0) -> str:
         left = iter(lines)
 
         def read(prompt: str = "") -> str:
@@ -43,7 +43,7 @@ def converse(converted: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Conv
 
         monkeypatch.setattr("builtins.input", read)
         done = run("chat", converted, "--max-new-tokens", 12, *EXACT, *options)
-        assert done.code == 0 and next(left, None) is None
+        assert done.code == code and next(left, None) is None
         return done.out + done.err.replace(CUT, "")
 
     return hold
@@ -93,7 +93,7 @@ def test_bytes_that_are_no_characters_are_replaced(converse: Converse, answers: 
 
 
 def test_an_error_leaves_the_conversation_as_it_was(converse: Converse, answers: Callable[..., str]) -> None:
-    printed = converse(["你好", "好" * 5000, "再见"])
+    printed = converse(["你好", "好" * 5000, "再见"], code=2)
     error = "error: chat: prompt is 50"
     assert error in printed
     assert "".join(line for line in printed.splitlines(True) if error not in line) == answers(["你好", "再见"])
@@ -142,10 +142,10 @@ def test_no_system_text_for_a_generation_without_that_role(shared: Path, tmp_pat
 class Terminal:
     """`chatglm-ov chat` on a terminal of its own."""
 
-    def __init__(self, *arguments: object):
+    def __init__(self, *arguments: object, **environment: str):
         self._end, there = pty.openpty()
         command = [*PROGRAM, *map(str, arguments)]
-        environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "TERM": "dumb"}
+        environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "TERM": "dumb", **environment}
         self._process = subprocess.Popen(
             command,
             stdin=there,
@@ -188,6 +188,15 @@ def _take_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_chinese_is_typed_in_the_c_locale(converted: Path, answers: Callable[..., str]) -> None:
+    terminal = Terminal("chat", converted, "--max-new-tokens", 12, *EXACT, LC_ALL="C")
+    terminal.read_until("> ")
+    terminal.type("你好\r")
+    assert answers(["你好"]).strip() in terminal.read_until("\n> ").replace("\r", "")
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(converted: Path) -> None:

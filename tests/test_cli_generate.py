@@ -262,6 +262,28 @@ def test_a_folder_without_tokenizer(converted: Path, tmp_path: Path, run: Run) -
 # As a program of its own
 
 
+def test_bytes_of_the_standard_input(converted: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines may end as on Windows; what is not in the encoding is told, as it is of a file."""
+    asked = ("generate", converted, "--max-new-tokens", 8, "--raw", *EXACT, "--prompt")
+
+    def given(data: bytes, encoding: str = "utf-8") -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding=encoding))
+
+    expected = run(*asked, "你好\n再见").out
+    for data, encoding in (("\ufeff你好\r\n再见\r\n".encode(), "utf-8"), ("你好\r\n再见\n".encode("gbk"), "gbk")):
+        given(data, encoding)
+        assert run(*asked, "-").out == expected
+    given("你好".encode("gbk"))
+    assert run(*asked, "-").error.startswith("standard input: encoding is not UTF-8")
+
+
+def test_options_before_the_folder_are_told_where_they_stand(converted: Path, run: Run) -> None:
+    told = run("generate", "--prompt", "你好", converted).error
+    assert told == (
+        "the following arguments are required: folder (see chatglm-ov generate --help; options stand behind FOLDER)"
+    )
+
+
 def test_a_terminal_that_knows_no_chinese(converted: Path, run: Run) -> None:
     asked = ("generate", converted, "--prompt", "你好", "--raw", "--max-new-tokens", 8, *EXACT)
     done = finish(spawn(*PROGRAM, *asked, env={"PYTHONIOENCODING": "ascii"}))

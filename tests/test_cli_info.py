@@ -102,7 +102,9 @@ def test_machine_alone(run: Run) -> None:
     assert 1 <= machine["default"]["threads"] <= machine["usable_processors"]
     assert machine["f32"]["inference_precision"] == "f32"
     assert machine["memory_available_bytes"] < machine["memory_bytes"]
-    assert machine["cpu"] in run("info").out
+    out = run("info").out
+    assert machine["cpu"] in out
+    assert all(line == line.rstrip() for line in out.splitlines())
 
 
 def test_several_nodes_of_memory_are_told(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

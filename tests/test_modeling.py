@@ -350,12 +350,19 @@ def test_weight_format_is_chosen(folder):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"trust_remote_code": True, "low_cpu_mem_usage": True, "local_files_only": True, "cache_dir": "x"},
+        {
+            "trust_remote_code": True,
+            "low_cpu_mem_usage": True,
+            "local_files_only": True,
+            "cache_dir": "x",
+            "revision": "main",
+        },
+        {"load_in_8bit": False, "export": False},
         {"device_map": "auto", "torch_dtype": "auto", "compile": False},
         {"device_map": "cpu", "dtype": "auto", "ov_config": None, "attn_implementation": None},
         {"device_map": None, "dtype": None, "torch_dtype": None, "quantization_config": None},
     ],
-    ids=["switches", "auto", "cpu", "none"],
+    ids=["switches", "others", "auto", "cpu", "none"],
 )
 def test_what_other_libraries_are_opened_with_changes_nothing(folder, arguments):
     model = OVChatGLMForCausalLM.from_pretrained(folder, "f32", **arguments)
@@ -373,6 +380,7 @@ def test_what_other_libraries_are_opened_with_changes_nothing(folder, arguments)
         ("ov_config", {"NUM_STREAMS": 1}, r"{'NUM_STREAMS': 1}, expected properties"),
         ("quantization_config", {"bits": 4}, r"{'bits': 4}, expected weight_format"),
         ("attn_implementation", "sdpa", "'sdpa', expected none"),
+        ("load_in_8bit", True, "True, expected weight_format='int8'"),
     ],
 )
 def test_what_would_not_be_followed_is_told(folder, name, value, wanted):

@@ -196,7 +196,11 @@ def edit_ir(folder: Path, old: str, new: str) -> None:
 
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "no bin": (lambda f: (f / "f32" / "openvino_model.bin").unlink(), r"openvino_model\.bin: file is missing"),
-    "empty bin": (lambda f: (f / "f32" / "openvino_model.bin").write_bytes(b""), "IR is unreadable .*bin file"),
+    "empty bin": (lambda f: (f / "f32" / "openvino_model.bin").write_bytes(b""), r"model\.bin: size is 0 bytes"),
+    "pointer for a bin": (
+        lambda f: (f / "f32" / "openvino_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        r"openvino_model\.bin: contents is a Git LFS pointer",
+    ),
     "bin short of a byte": (lambda f: shorten(f / "f32" / "openvino_model.bin", 1), "IR is unreadable .*bin file"),
     "half an xml": (
         lambda f: shorten(f / "f32" / "openvino_model.xml", 9999),
@@ -263,6 +267,20 @@ def test_wrong_options_are_named(options, message, whole_folder: Path):
     with pytest.raises(ChatGLMError, match=message) as error:
         load_model(whole_folder, **options)
     assert "\n" not in str(error.value)
+
+
+def test_weights_larger_than_the_memory_are_told(whole_folder: Path, monkeypatch, caplog):
+    monkeypatch.setattr("chatglm_ov.runtime.loading.available", lambda: 1000)
+    load_model(whole_folder, "f32")
+    assert "free memory of 1.00 kB: what does not fit is read from the disk for each token" in caplog.text
+
+
+def test_a_folder_that_is_none_is_told(tmp_path: Path):
+    with pytest.raises(ChatGLMError, match="gone: folder is missing"):
+        default_weight_format(tmp_path / "gone")
+    (tmp_path / "file").write_text("{}")
+    with pytest.raises(ChatGLMError, match=r"file: folder is a file, expected a folder with config\.json$"):
+        load_model(tmp_path / "file")
 
 
 def test_weight_format_is_chosen(folder: Path):

@@ -228,6 +228,10 @@ def _find_files(folder: Path) -> Files:
         raise ChatGLMError(folder, "checkpoint", seen, "a folder with config.json and weights")
     kinds = [files for stem, extension in KINDS if (files := _files_of_kind(folder, stem, extension))]
     if not kinds:
+        for path in sorted(folder.iterdir()):
+            if any(path.match(f"{stem}*{extension}") for stem, extension in KINDS) and not path.is_file():
+                seen = "a folder" if path.is_dir() else "a link to a file that is not there"
+                raise ChatGLMError(path, "weight file", seen, "a file of weights")
         wanted = " or ".join(f"{stem}*{extension}" for stem, extension in KINDS)
         raise ChatGLMError(folder, "weights", f"missing ({_listing(folder)})", wanted)
     # A download that leaves out the large files of one kind may still have brought the small index of it.

@@ -6,12 +6,15 @@ Ctrl-C stops an answer, or drops the line that is being typed; Ctrl-D or /exit e
 from __future__ import annotations
 
 import argparse
+import locale
+import os
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
 from typing import Any
 
 from chatglm_ov.cli.options import add_generation_options, add_model_options, generation_options, model_options
+from chatglm_ov.cli.program import USER_ERROR
 from chatglm_ov.errors import ChatGLMError
 
 SUMMARY = "hold a conversation"
@@ -30,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_generation_options(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     options = generation_options(arguments)
 
     from chatglm_ov.cli.answer import PromptBar, assistant_options, open_model, running
@@ -39,13 +42,24 @@ def run(arguments: argparse.Namespace) -> None:
     model, tokenizer = open_model(arguments.folder, **settings)
     options |= {"prompt_progress": PromptBar(), **assistant_options(arguments.assistant, settings["properties"])}
     conversation = Conversation(model, tokenizer, options, arguments.system, arguments.stats)
-    with suppress(ImportError):
-        import readline  # noqa: F401  line editing for input(), where the system has it
+    _edit_lines()
     if sys.stdin.isatty():
         print(f"{arguments.folder}: {running(model)}. /help shows the commands.")
     while (line := read_line()) is not None:
         if not conversation.take(line):
-            return
+            break
+    # On a terminal the errors have been read.
+    return USER_ERROR if conversation.failed and not sys.stdin.isatty() else 0
+
+
+def _edit_lines() -> None:
+    """Line editing for input(), where the system has it. In the C locale, whose text is UTF-8 to Python, readline would
+    take the bytes of a Chinese character for keys; it asks for the locale at each line."""
+    codeset = locale.nl_langinfo(locale.CODESET) if hasattr(locale, "nl_langinfo") else ""
+    if sys.flags.utf8_mode and codeset.upper() != "UTF-8":
+        os.environ["LC_ALL"] = "C.UTF-8"
+    with suppress(ImportError):
+        import readline  # noqa: F401
 
 
 def read_line() -> str | None:
@@ -68,6 +82,8 @@ class Conversation:
         self._model, self._tokenizer, self._options, self._stats = model, tokenizer, options, stats
         from chatglm_ov.cli.answer import beginning
 
+        self.failed = False
+        """Whether a question has had no answer."""
         self._beginning = beginning(tokenizer, system)
         self._history = list(self._beginning)
         self._commands: dict[str, Callable[[], None]] = {
@@ -125,7 +141,7 @@ class Conversation:
             printer.finish(text)
             print("[stopped]")
         except ChatGLMError as error:
-            self._history = before
+            self._history, self.failed = before, True
             print(f"error: {error}", file=sys.stderr)
         if self._stats and watch.timing:
             print(f"[{figures(watch.timing, self._model)}]")

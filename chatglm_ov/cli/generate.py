@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 from chatglm_ov.cli.options import (
     add_generation_options,
@@ -79,11 +81,22 @@ def _prompts(arguments: argparse.Namespace) -> Iterator[str]:
     """The prompts of the command line, then those of files. The end of the last line is no part of a prompt."""
     if not arguments.prompt and not arguments.prompt_file:
         raise ChatGLMError("generate", "prompt", "missing", "--prompt TEXT or --prompt-file FILE")
+    given = getattr(sys.stdin, "buffer", sys.stdin)
     for text in arguments.prompt:
-        yield text if text != "-" else prompt_text(sys.stdin.read().removesuffix("\n"), "standard input")
+        yield text if text != "-" else _read(given, sys.stdin.encoding, "standard input")
     for file in arguments.prompt_file:
+        with file.open("rb") as stream:
+            yield _read(stream, "utf-8", file)
+
+
+def _read(stream: Any, encoding: str | None, where: Path | str) -> str:
+    """All of a prompt: bytes, or text where a stream has no bytes. Raises ChatGLMError for what is no text."""
+    data = stream.read()
+    if isinstance(data, bytes):
+        encoding = "utf-8-sig" if (encoding or "utf-8").lower().replace("-", "") == "utf8" else encoding
         try:
-            text = file.read_text(encoding="utf-8-sig")
+            data = TextIOWrapper(BytesIO(data), encoding=encoding).read()
         except UnicodeDecodeError as error:
-            raise ChatGLMError(file, "encoding", f"not UTF-8 ({error.reason})", "text in UTF-8") from error
-        yield prompt_text(text.removesuffix("\n"), file)
+            name = "UTF-8" if encoding == "utf-8-sig" else encoding
+            raise ChatGLMError(where, "encoding", f"not {name} ({error.reason})", f"text in {name}") from error
+    return prompt_text(data.removesuffix("\n"), where)

@@ -34,7 +34,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", default=debug_default, help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
+        # An option that takes several values has taken the folder that stands behind it.
+        places = [action.dest.upper() for action in self._actions if not action.option_strings]
+        is_taken = any(action.nargs == "+" for action in self._actions) and "required" in message
+        order = f"; options stand behind {' '.join(places)}" if is_taken else ""
+        raise UsageError(f"{message} (see {self.prog} --help{order})")
 
 
 def execute(parser: Parser, argv: Sequence[str] | None, command: Command) -> int:
@@ -103,10 +107,13 @@ def _open_missing_streams() -> None:
 
 
 def _accept_any_text() -> None:
-    """A character that the terminal's encoding lacks is replaced instead of ending the program."""
+    """A character that the terminal's encoding lacks is replaced instead of ending the program; lines that come in may
+    end as on Windows."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    with suppress(AttributeError, OSError, ValueError):
+        sys.stdin.reconfigure(newline=None)  # type: ignore[union-attr]
 
 
 @contextmanager

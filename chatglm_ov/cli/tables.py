@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -29,12 +30,20 @@ def print_fields(fields: Iterable[tuple[str, str]]) -> None:
 
 
 class _Console(Console):
-    """Lines are broken for terminals only, not for files and pipes."""
+    """Lines are broken and padded for terminals only, not for files and pipes."""
 
     def __init__(self) -> None:
         super().__init__(markup=False, highlight=False)
         if not self.is_terminal:
             self.width = 1000
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if self.is_terminal:
+            return super().print(*objects, **options)
+        with self.capture() as captured:
+            super().print(*objects, **options)
+        self.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+        return None
 
     def on_broken_pipe(self) -> None:
         """Left to the program, as for any other output."""

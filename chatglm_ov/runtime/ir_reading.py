@@ -8,6 +8,7 @@ from xml.etree.ElementTree import ParseError
 
 import openvino as ov
 
+from chatglm_ov.checkpoint.files import refuse_placeholder
 from chatglm_ov.config import ArchitectureConfig
 from chatglm_ov.errors import ChatGLMError, last_line
 from chatglm_ov.native import check_forced_level, library_path, native, unavailable
@@ -86,6 +87,7 @@ def described_ir(path: Path) -> dict[str, str]:
     weights = path.with_name(WEIGHTS_NAME)
     if not weights.exists():
         raise ChatGLMError(weights, "file", "missing", "the weights beside the IR")
+    refuse_placeholder(weights)
     try:
         described = read_description(path)
     except ParseError as error:

@@ -27,8 +27,10 @@ from chatglm_ov.runtime.ir_reading import core, runnable_ir
 from chatglm_ov.runtime.kv_cache import ELEMENT_TYPES, BlockCache, BlockLayout, KVCache, PluginCache
 from chatglm_ov.runtime.process import check_process
 from chatglm_ov.runtime.request import Request
+from chatglm_ov.system.memory import available
 from chatglm_ov.system.processors import thread_limit
-from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, UNPACKED
+from chatglm_ov.system.sizes import size
+from chatglm_ov.weights.ir import FORMAT_VERSION, IR_NAME, RT_INFO, UNPACKED, WEIGHTS_NAME
 
 PRECISIONS = ("f32", "bf16", "f16")
 KV_CACHE_FORMATS = tuple(ELEMENT_TYPES)
@@ -46,6 +48,7 @@ def default_weight_format(folder: str | Path) -> str:
     """int8 where it is there, else bf16, else the first."""
     found = weight_formats(folder)
     if not found:
+        read_config_json(folder)  # which tells of a folder that is not there
         raise ChatGLMError(folder, "weight formats", "none", f"a converted folder with <format>/{IR_NAME}")
     return next((name for name in ("int8", "bf16") if name in found), found[0])
 
@@ -112,6 +115,10 @@ def load_model(
     if weight_format not in weight_formats(folder):
         raise ChatGLMError(folder, "weight_format", repr(weight_format), f"one of {weight_formats(folder)}")
     model = runnable_ir(path, config, weight_format)
+    nbytes = path.with_name(WEIGHTS_NAME).stat().st_size
+    if nbytes > (free := available()):
+        told = "%s: weights of %s, free memory of %s: what does not fit is read from the disk for each token"
+        log.warning(told, path.parent, size(nbytes), size(free))
     check_fits(model, config, path)
     ops = model.get_rt_info([RT_INFO, "ops"]).astype(str)
     if model.has_rt_info([RT_INFO, UNPACKED]):
