@@ -9,6 +9,7 @@ from itertools import pairwise
 import ml_dtypes
 import numpy as np
 import pytest
+from conversions import interrupted
 from golden_cases import (  # noqa: F401
     V1,
     V2,
@@ -128,6 +129,35 @@ def test_a_cache_that_grows_in_a_sequence(element_type, long_prompt: Prompt, ope
 
 
 @without_library
+def test_rows_of_an_earlier_sequence_stay_while_slots_are_added(open_compiled: Opener):
+    model = fused(open_compiled, V2)
+    ids = np.random.default_rng(1).integers(3, 200, (1, 300))
+    long, wide = own_prompt(ids, model), own_prompt(np.full((8, 3), 7), model)
+    request = model.create_request()
+    wide.feed(request)
+    request.reset()
+    ours, wanted = (in_pieces(long, each, [250, 300]) for each in (request, model.create_request()))
+    np.testing.assert_array_equal(ours, wanted)
+    assert (request.cache.rows, request.cache.blocks) == (8, 16)
+
+
+@without_library
+def test_slots_of_an_earlier_sequence_stay_while_rows_are_added(open_compiled: Opener):
+    model = fused(open_compiled, V2)
+    long, short = (own_prompt(np.arange(5, 5 + length)[None], model) for length in (400, 5))
+    request = model.create_request()
+    long.feed(request)
+    request.reset()
+    results = []
+    for each in (request, model.create_request()):
+        short.feed(each)
+        step = np.array([[4], [5], [6]])
+        results.append(each.infer(step, np.ones((3, 6), np.int64), np.full((3, 1), 5), np.zeros(3, np.int32)))
+    np.testing.assert_array_equal(*results)
+    assert (request.cache.rows, request.cache.blocks) == (3, 16)
+
+
+@without_library
 def test_rollback_overwrites(long_prompt: Prompt, open_compiled: Opener):
     model = fused(open_compiled, V2)
     request, ends = model.create_request(), [150, 300]
@@ -188,18 +218,22 @@ def test_stock_operations_go_back(precision: str | None, open_compiled: Opener):
     np.testing.assert_array_equal(prompt.feed(request), whole)
 
 
+@pytest.mark.parametrize("rows", [2, 3])
 @pytest.mark.parametrize("cache_format", ["int8", "bf16", "f32"])
-def test_a_plugins_cache_takes_more_rows_than_before(cache_format: str, open_compiled: Opener):
+def test_a_plugins_cache_takes_more_rows_than_before(cache_format: str, rows: int, open_compiled: Opener):
+    """Only one of integers begins anew for them."""
     model = open_compiled(V2.checkpoint, precision="f32", kv_cache_format=cache_format)
-    ids = np.random.default_rng(1).integers(3, 200, (3, 12))
+    ids = np.random.default_rng(1).integers(3, 200, (rows, 12))
     (one, batch), tokens = (own_prompt(each, model) for each in (ids[:1, :7], ids[:, :3])), ids[:, 3:]
     wanted = teacher_forced(model.create_request(), batch, tokens)
     request = model.create_request()
     first = teacher_forced(request, one, tokens[:1])
+    before = request.infer_request
     for _ in range(2):
         for ours, fresh in zip(teacher_forced(request, batch, tokens), wanted, strict=True):
             np.testing.assert_array_equal(ours, fresh)
     infer_request = request.infer_request
+    assert (infer_request is not before) == (cache_format == "int8")
     for ours, fresh in zip(teacher_forced(request, one, tokens[:1]), first, strict=True):
         np.testing.assert_array_equal(ours, fresh)
     assert request.infer_request is infer_request
@@ -243,6 +277,18 @@ def test_a_rollback_that_is_interrupted(open_compiled: Opener, monkeypatch: pyte
     np.testing.assert_array_equal(prompt.feed(request), wanted)
     request.truncate(9)
     np.testing.assert_allclose(prompt.feed(request, 9), wanted[:, 9:], rtol=0, atol=1e-4)
+
+
+def test_a_reset_that_is_interrupted(open_compiled: Opener, monkeypatch: pytest.MonkeyPatch):
+    """The next call begins a sequence all the same."""
+    model = open_compiled(V2.checkpoint, precision="f32")
+    request, prompt = model.create_request(), golden_prompt(V2, "p17", model)
+    wanted = prompt.feed(request)
+    monkeypatch.setattr(request.cache, "forget", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        request.reset()
+    assert request.past_length == 0
+    np.testing.assert_array_equal(prompt.feed(request), wanted)
 
 
 @without_library
@@ -340,6 +386,22 @@ def test_a_cache_that_the_memory_cannot_hold(keep, open_compiled: Opener):
     assert (request.cache.rows, request.cache.blocks) == room
     step = prompt.extended(V2["p5_dec_tokens"][:, :1])
     assert np.abs(step.feed(request, 5)[:, -1] - V2["p5_dec_logits"][:, 1]).max() < 1e-3
+
+
+@without_library
+def test_memory_that_a_cache_grows_in(open_compiled: Opener, monkeypatch: pytest.MonkeyPatch):
+    """What is new in each layer, and one layer a second time while it is moved."""
+    model = fused(open_compiled, V2)
+    cache, layers = model.create_request().cache, model.config.num_layers
+    cache.allocate(1, 8, keep=False)
+    small, large = (cache.layout.nbytes(1, blocks) for blocks in (8, 16))
+    needed = layers * (large - small) + large
+    monkeypatch.setattr(kv_cache, "available", lambda: needed - 1)
+    with pytest.raises(ChatGLMError, match="KV cache: free memory is"):
+        cache.allocate(1, 16, keep=True)
+    monkeypatch.setattr(kv_cache, "available", lambda: needed)
+    cache.allocate(1, 16, keep=True)
+    assert cache.blocks == 16
 
 
 @without_library

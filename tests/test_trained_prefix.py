@@ -38,8 +38,8 @@ NAMES = {
 }
 
 
-def encoder(kind: str, features: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Tensors of a prefix encoder, and its rows [P, features]."""
+def encoder(kind: str, features: int, length: int = P) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Tensors of a prefix encoder, and its rows [length, features]."""
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape: int) -> torch.Tensor:
@@ -47,12 +47,12 @@ def encoder(kind: str, features: int) -> tuple[dict[str, torch.Tensor], torch.Te
 
     name = "transformer.prefix_encoder."
     if kind != "with a projection":
-        rows = random(P, features)
+        rows = random(length, features)
         return {f"{name}embedding.weight": rows}, rows
     layers = torch.nn.Sequential(torch.nn.Linear(24, 32), torch.nn.Tanh(), torch.nn.Linear(32, features))
     for parameter in layers.parameters():
         parameter.data = random(*parameter.shape) * 0.3
-    embedding = random(P, 24)
+    embedding = random(length, 24)
     stored = {f"{name}trans.{key}": value for key, value in layers.state_dict().items()}
     return {f"{name}embedding.weight": embedding, **stored}, layers(embedding).detach()
 
@@ -98,6 +98,16 @@ def chatglm2_checkpoint(folder: Path, seq_length: int = 64) -> tuple[Path, torch
     return folder, original
 
 
+IDS = torch.randint(2, 160, (1, 9), generator=torch.Generator().manual_seed(0))
+
+
+def tuned(folder: Path, length: int = P, **options: int) -> tuple[Path, dict[str, Path]]:
+    """A checkpoint with a prefix that was trained for it, and what conversion has to be told."""
+    checkpoint, _ = chatglm2_checkpoint(folder / "checkpoint", **options)
+    tensors, _ = encoder("alone", 2 * 2 * 2 * 16, length)
+    return checkpoint, placed("alone", checkpoint, tensors, length)
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("ops", OPS)
 def test_chatglm2(ops, kind, tmp_path):
@@ -105,8 +115,7 @@ def test_chatglm2(ops, kind, tmp_path):
     tensors, rows = encoder(kind, 2 * 2 * 2 * 16)
     model = model_of(checkpoint, ops, placed(kind, checkpoint, tensors))
     past = rows.reshape(1, P, 4, 2, 16).permute(2, 0, 3, 1, 4)
-    ids = torch.randint(2, 160, (1, 9), generator=torch.Generator().manual_seed(0))
-    cache = DynamicCache()
+    ids, cache = IDS, DynamicCache()
     for layer in range(2):
         cache.update(past[2 * layer], past[2 * layer + 1], layer)
     with torch.no_grad():
@@ -220,12 +229,10 @@ def test_chatglm(ops, kind, tmp_path):
 
 @pytest.mark.parametrize("kv_cache_format", ["bf16", "int8"])
 def test_other_caches_hold_a_rounded_prefix(kv_cache_format, tmp_path):
-    checkpoint, _ = chatglm2_checkpoint(tmp_path / "checkpoint")
-    tensors, _ = encoder("alone", 2 * 2 * 2 * 16)
-    model = model_of(checkpoint, "fused", placed("alone", checkpoint, tensors))
+    checkpoint, options = tuned(tmp_path)
+    model = model_of(checkpoint, "fused", options)
     rounded = OVChatGLMForCausalLM.from_pretrained(tmp_path / "fused", "f32", kv_cache_format=kv_cache_format)
-    ids = torch.randint(2, 160, (1, 9), generator=torch.Generator().manual_seed(0))
-    wanted, got = model(ids).logits, rounded(ids).logits
+    wanted, got = model(IDS).logits, rounded(IDS).logits
     # Keys and values to 8 bits, in two layers.
     assert (got - wanted).square().mean().sqrt() < 4 * 2**-8 * wanted.square().mean().sqrt()
     assert not torch.equal(got, wanted)
@@ -247,14 +254,39 @@ def test_blocks_are_what_is_read_back(element_type, groups, tokens, dim):
 
 
 def test_a_new_sequence_gives_the_rows_of_the_last_one_back(tmp_path):
-    checkpoint, _ = chatglm2_checkpoint(tmp_path / "checkpoint", seq_length=4096)
-    tensors, _ = encoder("alone", 2 * 2 * 2 * 16)
-    model = model_of(checkpoint, "fused", placed("alone", checkpoint, tensors))
+    checkpoint, options = tuned(tmp_path, seq_length=4096)
+    model = model_of(checkpoint, "fused", options)
     model(torch.full((32, 9), 5))
     cache = model.session.request.cache
     assert cache.rows == 32
     model(torch.full((1, 3000), 5), logits_to_keep=1)
     assert cache.rows == 1
+
+
+def test_a_prefix_longer_than_a_cache_begins_with(tmp_path):
+    checkpoint, options = tuned(tmp_path, 300)
+    fused, stock = (model_of(checkpoint, ops, options)(IDS).logits for ops in ("fused", "stock"))
+    torch.testing.assert_close(fused, stock, rtol=0, atol=1e-4)
+
+
+def test_a_beginning_that_is_interrupted(tmp_path, monkeypatch):
+    """One layer has the prefix: nothing goes on behind it."""
+    checkpoint, options = tuned(tmp_path)
+    model = model_of(checkpoint, "stock", options)
+    wanted = model(IDS).logits
+    request = model.session.request
+    cache, infer_request = request.cache, request.infer_request
+    begin_with = cache.begin_with
+
+    def interrupted(keys, values, *others):
+        begin_with(keys[:1], values[:1], *others)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "begin_with", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS)
+    assert request.infer_request is not infer_request
+    torch.testing.assert_close(model(IDS).logits, wanted, rtol=0, atol=1e-5)
 
 
 def test_what_goes_through_the_cache_is_not_scaled_beside_a_prefix(tmp_path, monkeypatch):
@@ -323,12 +355,29 @@ def test_encoders_for_other_shapes_are_told(tmp_path):
 
 
 def test_a_prefix_that_is_nowhere_is_told(tmp_path):
-    checkpoint, _ = chatglm2_checkpoint(tmp_path / "checkpoint")
-    tensors, _ = encoder("alone", 2 * 2 * 2 * 16)
-    options = placed("alone", checkpoint, tensors)
+    checkpoint, options = tuned(tmp_path)
     with pytest.raises(ChatGLMError, match="pre_seq_len"):
         convert(checkpoint, tmp_path / "out", progress=False)
     convert(checkpoint, tmp_path / "out", ("f32",), progress=False, **options)
     (tmp_path / "out" / "prefix.safetensors").unlink()
     with pytest.raises(ChatGLMError, match=r"prefix\.safetensors"):
+        OVChatGLMForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_prefix_with_other_values_alone_is_another_one(tmp_path):
+    checkpoint, options = tuned(tmp_path)
+    folder = convert(checkpoint, tmp_path / "out", ("f32",), progress=False, **options)
+    tensors, rows = encoder("alone", 2 * 2 * 2 * 16)
+    rows.view(P, 2, 2, 2, 16)[:, :, 1] += 1
+    torch.save(tensors, options["p_tuning"] / "pytorch_model.bin")
+    with pytest.raises(ChatGLMError, match="trained prefix is another one"):
+        convert(checkpoint, folder, ("bf16",), add=True, progress=False, **options)
+
+
+def test_a_prefix_file_of_another_type_is_told(tmp_path):
+    checkpoint, options = tuned(tmp_path)
+    convert(checkpoint, tmp_path / "out", ("f32",), progress=False, **options)
+    path = tmp_path / "out" / "prefix.safetensors"
+    save_file({name: values.half() for name, values in load_file(path).items()}, path)
+    with pytest.raises(ChatGLMError, match=r"keys is float16 \[2, 2, 5, 16\], expected float32"):
         OVChatGLMForCausalLM.from_pretrained(tmp_path / "out")
