@@ -78,6 +78,17 @@ def cases(what: str) -> list:
     ]
 
 
+def interrupt_calls(model: OVChatGLMForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes when the plugin has done its work, and before we know of it."""
+    execute = model.session.request._execute
+
+    def interrupted() -> None:
+        execute()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.session.request, "_execute", interrupted)
+
+
 def model_inputs(golden: Golden, prompt: str) -> dict[str, torch.Tensor | None]:
     """Ids and mask; positions only where the model would make other ones."""
     positions = golden.tensor(f"{prompt}_position_ids") if prompt == "both_tok" else None

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import V2, without_library
-from golden_sets import GOLDENS, model_inputs, open_either_model, open_model  # noqa: F401
+from golden_cases import V1, V2, without_library
+from golden_sets import GOLDENS, interrupt_calls, model_inputs, open_either_model, open_model  # noqa: F401
 from transformers import DynamicCache, GenerationConfig
 
 from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert
@@ -49,6 +49,22 @@ def test_what_was_text_may_be_padding_in_the_next_turn(golden, taken_back, open_
         model.generate(ids[:, -2:], attention_mask=mask, past_key_values=cache, **GREEDY)
 
 
+@pytest.mark.parametrize(
+    ("golden", "masked"), [(V2, [(0, 20), (1, 18)]), (V1, [(0, 1)])], ids=["rows at different columns", "in a prefix"]
+)
+def test_columns_that_are_masked_in_the_next_turn_alone(golden, masked, open_either_model):
+    """What stands behind the first of them is computed again; all, where what they are in is computed at once."""
+    model = open_either_model(golden)
+    ids = golden.tensor("p17_input_ids").repeat(len(masked), 1)
+    first = model.generate(ids, return_dict_in_generate=True, **GREEDY)
+    longer = torch.cat([first.sequences, ids[:, :2]], dim=1)
+    mask = torch.ones_like(longer)
+    for row, column in masked:
+        mask[row, column] = 0
+    ours = model.generate(longer, attention_mask=mask, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(ours, model.generate(longer, attention_mask=mask, **GREEDY))
+
+
 @each_golden
 def test_a_cache_that_the_caller_makes_stands_for_its_sequence(golden, open_either_model):
     model, ids = open_either_model(golden), golden.tensor("p17_input_ids")
@@ -82,6 +98,17 @@ def test_a_cache_of_a_sequence_that_is_gone(golden, open_model):
     assert torch.equal(model.generate(longer, past_key_values=one, **GREEDY), wanted)
     with pytest.raises(ChatGLMError, match="past_key_values: sequence is an earlier one"):
         model(ids[:, -1:], past_key_values=other)
+
+
+def test_a_cache_of_a_call_that_was_interrupted(open_either_model, monkeypatch):
+    model, ids, mine = open_either_model(V2), V2.tensor("p17_input_ids"), DynamicCache()
+    first = model.generate(ids, past_key_values=mine, **GREEDY)
+    longer = torch.cat([first, ids[:, -3:]], dim=1)
+    interrupt_calls(model, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(longer, past_key_values=mine, **GREEDY)
+    monkeypatch.undo()
+    assert torch.equal(model.generate(longer, past_key_values=mine, **GREEDY), model.generate(longer, **GREEDY))
 
 
 @without_library

@@ -191,12 +191,17 @@ def _wrong_inputs(model, ids):
     yield {"input_ids": ids.where(ids != ids[0, 0], -1)}, "a token id -1"
     yield {"input_ids": ids, "attention_mask": ones}, r"attention_mask: shape is \[1, 6\], expected \[1, 5\]"
     yield {"input_ids": ids, "attention_mask": ones[:, :5] / 2}, "attention_mask: dtype is torch.float32"
+    yield (
+        {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 0.5, 1]])},
+        "attention_mask: dtype is torch.float32",
+    )
     yield {"input_ids": ids, "attention_mask": ones[:, :5] * 0}, "row 0: tokens is 0"
     yield {"input_ids": ids, "position_ids": ones[:, :3]}, r"position_ids: shape is \[1, 3\]"
     filled = DynamicCache()
     filled.update(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 0)
     yield {"input_ids": ids, "past_key_values": filled}, "past_key_values: type is DynamicCache"
     yield {"input_ids": ids, "labels": ids[:, 1:]}, r"labels is of shape \[1, 4\], expected \[1, 5\]"
+    yield {"input_ids": ids.repeat(2, 1), "labels": ids}, r"labels is of shape \[1, 5\], expected \[2, 5\]"
     yield {"input_ids": ids, "logits_to_keep": -1}, "logits_to_keep is -1"
     yield {"input_ids": ids, "logits_to_keep": torch.tensor([0])}, "logits_to_keep is tensor"
     yield {"input_ids": ids, "logits_to_keep": 1.0}, "logits_to_keep is 1.0"

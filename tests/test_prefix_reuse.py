@@ -9,7 +9,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from golden_sets import GOLDENS, cases, model_inputs, open_either_model, open_model  # noqa: F401
+from golden_sets import GOLDENS, cases, interrupt_calls, model_inputs, open_either_model, open_model  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -176,7 +176,14 @@ def test_pieces_cover_every_column_once(length, rows, prefix, past):
     monkeypatch.undo()
     assert [i for piece in found for i in range(piece.start, piece.stop)] == list(range(length))
     assert all(piece.stop - piece.start <= max(1, 8 // rows) for piece in found[1:])
-    assert found[0].stop >= min(prefix or 0, length)
+    # A prefix in one piece, and no more than it in a piece that is wider than others.
+    assert min(prefix or 0, length) <= found[0].stop <= max(1, 8 // rows, prefix or 0)
+
+
+@pytest.mark.parametrize(("prefix", "past", "first"), [(1024, 1024, 512), (600, 0, 600), (100, 0, 512), (700, 50, 650)])
+def test_the_first_piece_is_as_wide_as_what_is_left_of_the_prefix(prefix, past, first):
+    ids = np.zeros((1, 1536), np.int64)
+    assert next(pieces(Step(ids, ids == 0, ids, np.array([prefix])), past)) == slice(0, first)
 
 
 def test_generate_tells_its_progress(open_model):
@@ -214,19 +221,40 @@ def test_other_positions_are_another_sequence(open_model, ops):
     assert model.reused_tokens == 0
 
 
+def first_logits(model, ids, **options):
+    """Of the first token of an answer that goes on with what is in the model."""
+    made = greedy(model, ids, reuse_cache=True, output_logits=True, return_dict_in_generate=True, **options)
+    return made.logits[0]
+
+
+@pytest.mark.parametrize("ops", ["fused", "stock"])
+def test_given_positions_are_not_those_of_what_is_reused(open_model, ops):
+    model, ids = v2(open_model, ops)
+    positions = torch.arange(17)[None] * 3 + 5
+    wanted = model(ids, position_ids=positions, logits_to_keep=1).logits[:, -1]
+    greedy(model, ids)
+    torch.testing.assert_close(first_logits(model, ids, position_ids=positions), wanted, rtol=0, atol=1e-4)
+    assert model.reused_tokens == 0
+
+
+@pytest.mark.parametrize("ops", ["fused", "stock"])
+def test_padding_is_not_reused_as_text(open_model, ops):
+    model, ids = v2(open_model, ops)
+    ids = torch.cat([torch.full((1, 2), 9), ids], dim=1)
+    wanted = model(ids, logits_to_keep=1).logits[:, -1]
+    mask = torch.ones_like(ids)
+    mask[:, :2] = 0
+    greedy(model, ids, attention_mask=mask)
+    torch.testing.assert_close(first_logits(model, ids), wanted, rtol=0, atol=1e-4)
+    assert model.reused_tokens == 0
+
+
 @pytest.mark.parametrize("ops", ["fused", "stock"])
 def test_an_interrupted_call_is_forgotten(open_model, ops, monkeypatch):
-    """Ctrl-C comes when the plugin has done its work, and before we know of it."""
     model, ids = v2(open_model, ops)
     wanted = greedy(model, ids)
-    handle, request = model(ids[:, :9]).past_key_values, model.session.request
-
-    def interrupted():
-        execute()
-        raise KeyboardInterrupt
-
-    execute = request._execute
-    monkeypatch.setattr(request, "_execute", interrupted)
+    handle = model(ids[:, :9]).past_key_values
+    interrupt_calls(model, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         model(ids[:, 9:], past_key_values=handle)
     monkeypatch.undo()

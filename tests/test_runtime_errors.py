@@ -111,6 +111,17 @@ def test_wrong_call_leaves_the_cache_as_it_was(golden, open_either: Opener):
     assert np.abs(ours[:, -1] - golden["batch_dec_logits"][:, 1]).max() < TOLERANCE
 
 
+@each_small
+def test_a_single_id_that_is_wrong(golden, open_either: Opener):
+    model = open_either(golden.checkpoint)
+    prompt, request = golden_prompt(golden, "p5", model), model.create_request()
+    prompt.feed(request)
+    for wrong in (model.config.vocab_rows, -1):
+        with pytest.raises(ChatGLMError, match=f"input_ids is a token id {wrong}, expected 0 to"):
+            prompt.extended(np.array([[wrong]])).feed(request, prompt.ids.shape[1])
+    assert request.past_length == prompt.ids.shape[1]
+
+
 def test_left_out_prefix_is_not_the_last_calls(open_either: Opener):
     model = open_either(V1.checkpoint)
     prompt, request = golden_prompt(V1, "batch", model), model.create_request()

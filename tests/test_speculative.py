@@ -16,7 +16,7 @@ from golden_cases import V2
 from golden_sets import GOLDENS, open_either_model, open_model  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from chatglm_ov import ChatGLMError, OVChatGLMForCausalLM, convert
@@ -258,6 +258,32 @@ def test_criteria_get_the_scores_that_are_kept(models):
     made = greedy(model, return_dict_in_generate=True, output_scores=True, **options)
     assert [len(scores) for scores in seen] == list(range(1, len(made.scores) + 1))
     assert all(map(torch.equal, seen[-1], made.scores))
+
+
+def test_scores_that_are_changed_in_place_leave_the_logits_as_they_are(models):
+    class InPlace(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[:, 5:9] = -1e9
+            return scores
+
+    how = {"output_logits": True, "return_dict_in_generate": True, "prompt_lookup_num_tokens": 3}
+    made = greedy(models("large"), logits_processor=LogitsProcessorList([InPlace()]), **how)
+    assert torch.stack(made.logits).min() > -1e8
+
+
+def test_progress_is_told_of_the_prompt_alone(models):
+    model, told = models("large"), []
+    greedy(model, prompt_lookup_num_tokens=3, prompt_progress=lambda *at: told.append(at))
+    assert model.speculation.guessed > 3
+    assert len(told) == 1
+
+
+def test_what_is_told_of_guesses_is_of_the_latest_call(models):
+    model = models("large")
+    greedy(model, prompt_lookup_num_tokens=3)
+    assert model.speculation is not None
+    greedy(model)
+    assert model.speculation is None
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,8 @@ BEGUN = [
     {"role": "user", "content": "明"},
     {"role": "assistant", "content": "月光 "},
 ]
+ECHO = [{"role": "user", "content": "月光 "}, BEGUN[-1]]
+"""An answer that repeats the question."""
 
 
 @families
@@ -70,13 +72,14 @@ def test_an_answer_that_goes_on(tokenizers, family):
     assert tokenizer.decode(ids[len(asked) :]).strip() == "月光"
 
 
+@pytest.mark.parametrize("messages", [BEGUN, ECHO], ids=["another text", "the question"])
 @pytest.mark.parametrize("family", FAMILIES[1:])
-def test_the_text_of_an_answer_that_goes_on(tokenizers, family):
+def test_the_text_of_an_answer_that_goes_on(tokenizers, family, messages):
     tokenizer = tokenizers[family]
-    text = tokenizer.apply_chat_template(BEGUN, continue_final_message=True, tokenize=False)
-    asked = tokenizer.apply_chat_template(BEGUN[:-1], add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(messages, continue_final_message=True, tokenize=False)
+    asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
     assert text.startswith(asked) and text[len(asked) :].lstrip() == "月光 "
-    both = tokenizer.apply_chat_template([BEGUN, BEGUN[:2]], continue_final_message=True, tokenize=False)
+    both = tokenizer.apply_chat_template([messages, BEGUN[:2]], continue_final_message=True, tokenize=False)
     assert both[0] == text and both[1].endswith("前")
 
 
