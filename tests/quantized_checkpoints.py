@@ -178,9 +178,12 @@ class Made:
     fields: dict[str, Any]
 
 
-def make(layout: Layout, folder: Path, spoil: Callable[[Tensors], object] = lambda stored: None) -> Made:
+def make(
+    layout: Layout, folder: Path, spoil: Callable[[Tensors], object] = lambda stored: None, features: int = 192
+) -> Made:
+    """features: of the MLP."""
     fields = {**read_config_json(layout.like), **SIZES}
-    fields["inner_hidden_size" if layout.like == V1.checkpoint else "ffn_hidden_size"] = 192
+    fields["inner_hidden_size" if layout.like == V1.checkpoint else "ffn_hidden_size"] = features
     shapes = architecture(config := parse_config(fields)).weight_shapes(config)
     rng = np.random.default_rng(0)
     weights = {name: (0.05 * rng.standard_normal(shape)).astype(np.float16) for name, shape in shapes.items()}

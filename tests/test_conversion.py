@@ -88,13 +88,14 @@ def test_tokenizer_goes_with_the_model(data: Path, tmp_path: Path):
     assert "auto_map" not in (out / "tokenizer_config.json").read_text()
 
 
+@pytest.mark.parametrize("told", [None, True])
 @each_ops
-def test_tied_head_is_stored_once(ops, tmp_path: Path):
+def test_tied_head_is_stored_once(ops, told, tmp_path: Path):
     """The stored head is left aside, as in the original, and the file is smaller by it (fused operations need fewer
     small constants then)."""
     weights = stored_weights(V1.checkpoint)
     assert np.abs(weights[LM_HEAD] - weights[EMBEDDING]).max() > 0
-    tied = write_checkpoint(tmp_path / "tied", V1.checkpoint, weights, tie_word_embeddings=None)
+    tied = write_checkpoint(tmp_path / "tied", V1.checkpoint, weights, tie_word_embeddings=told)
     weights[LM_HEAD] = weights[EMBEDDING]
     untied = write_checkpoint(tmp_path / "untied", V1.checkpoint, weights)
     folders = [convert(c, tmp_path / f"{c.name}-out", ("bf16", "f32"), ops, progress=False) for c in (tied, untied)]
@@ -190,6 +191,30 @@ def test_old_folder_is_removed_when_the_new_one_stands(tmp_path: Path, monkeypat
     monkeypatch.setattr(finished_folder.shutil, "rmtree", noted)
     to_int8(V2.checkpoint, tmp_path / "out", overwrite=True)
     assert removed[0] == (["f32"], ["int8"])
+
+
+def test_a_folder_that_the_current_one_is_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = to_int8(V2.checkpoint, tmp_path / "out")
+    before = listing(tmp_path)
+    monkeypatch.chdir(folder / "int8")
+    with pytest.raises(ChatGLMError, match="output is the current folder, which cannot be replaced"):
+        to_int8(V2.checkpoint, folder, overwrite=True)
+    assert listing(tmp_path) == before
+
+
+def test_what_makes_a_folder_a_finished_one_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    moved: list[str] = []
+    replace = Path.replace
+
+    def noted(self: Path, target: Path) -> Path:
+        moved.append(self.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    to_int8(V2.checkpoint, tmp_path / "out", overwrite=True)
+    assert sorted(moved) == ["config.json", "generation_config.json", "int8"] and moved[-1] == "config.json"
 
 
 def test_failed_overwrite_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

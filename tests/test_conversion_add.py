@@ -62,6 +62,18 @@ def test_a_format_that_is_there_is_written_over_if_that_is_said(tmp_path: Path):
     }
 
 
+def test_a_format_that_is_a_link_is_replaced_by_a_folder(tmp_path: Path):
+    """What it leads to stays as it is."""
+    folder = to_int8(V2.checkpoint, tmp_path / "out")
+    disk = (folder / "int8").rename(tmp_path / "disk")
+    (folder / "int8").symlink_to(disk, target_is_directory=True)
+    before = contents(disk)
+    to_int8(V2.checkpoint, folder, add=True, overwrite=True)
+    assert not (folder / "int8").is_symlink()
+    assert load_model(folder).weight_format == "int8"
+    assert contents(disk) == before and names(tmp_path) == ["disk", "out"]
+
+
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError])
 def test_what_is_written_over_comes_back_where_that_fails(fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = to_int8(V2.checkpoint, tmp_path / "out")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conversions import dead_process, interrupted, listing, names, plan_conversion, to_int8
-from golden_cases import V2, stored_weights, write_checkpoint
+from golden_cases import V2, each_ops, stored_weights, write_checkpoint
 
 from chatglm_ov import ChatGLMError, convert
 from chatglm_ov.config import parse_config
@@ -24,6 +24,7 @@ from chatglm_ov.presets import config_json
 from chatglm_ov.runtime.loading import load_model
 
 QKV = "transformer.encoder.layers.0.self_attention.query_key_value.weight"
+NORM = "transformer.encoder.layers.1.input_layernorm.weight"
 
 
 # What is refused
@@ -71,9 +72,9 @@ def test_mount_point_is_refused_before_the_work():
 Damage = Callable[[Path, dict[str, np.ndarray]], object]
 
 
-def spoil_value(value: float) -> Damage:
+def spoil_value(value: float, name: str = QKV) -> Damage:
     def spoil(folder: Path, weights: dict[str, np.ndarray]) -> None:
-        weights[QKV][-1, -1] = value
+        weights[name].flat[-1] = value
 
     return spoil
 
@@ -106,6 +107,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "nan": (spoil_value(np.nan), f"a value of {QKV} is nan, expected a finite number"),
     "infinity": (spoil_value(-np.inf), f"a value of {QKV} is -inf, expected a finite number"),
+    "nan in a norm": (spoil_value(np.nan, NORM), f"a value of {NORM} is nan, expected a finite number"),
     "truncated file": (truncate_weights, r"model\.safetensors: contents is damaged"),
     "no weights": (lambda f, w: (w.clear(), (f / "model.safetensors").unlink()), "weights is missing"),
     "another config": (lambda f, w: (f / "config.json").write_text('{"model_type": "qwen2"}'), "model_type is 'qwen2'"),
@@ -143,6 +145,17 @@ def test_damaged_checkpoint_is_named_and_nothing_is_left(damage, tmp_path: Path)
         to_int8(checkpoint, tmp_path / "out")
     assert "\n" not in str(error.value)
     assert names(tmp_path) == ["checkpoint"]
+
+
+@each_ops
+def test_what_int4_cannot_hold_is_named(ops, tmp_path: Path):
+    """Its scales are float16; those of int8 are not."""
+    weights = stored_weights(V2.checkpoint)
+    weights[QKV][3, 5] = 5e5
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", V2.checkpoint, weights)
+    with pytest.raises(ChatGLMError, match=rf"a value of {QKV} is 500000.*, expected at most 491\d+"):
+        convert(checkpoint, tmp_path / "out", ("int4",), ops, progress=False)
+    to_int8(checkpoint, tmp_path / "out", ops=ops)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -112,6 +112,11 @@ KINDS = {
         lambda module: 8 / 3 if module.endswith(".dense") else 4,
         {".dense": 9},
     ),
+    "the first of the patterns that fit": Kind(
+        {"rank_pattern": {"query_key_value": 8, r"\w+\.\w+\.query_key_value": 2}},
+        lambda module: 1 if module.endswith("query_key_value") else 2,
+        {"query_key_value": 8},
+    ),
     "names of a state dict": Kind({}, lambda module: 2.0, written=by_default_name),
     "bfloat16": Kind({}, lambda module: 2.0, written=in_bfloat16),
     ".bin": Kind({}, lambda module: 2.0, file="adapter_model.bin"),
@@ -196,6 +201,13 @@ def test_tensors_trained_as_a_whole(golden, wrapper, tmp_path: Path):
         assert torch.equal(merged[name], tensor), name
     assert not torch.equal(merged[f"{qkv}.weight"], weights[f"{qkv}.weight"])
     assert torch.equal(merged[f"{norm.replace('.1.', '.2.')}.weight"], weights[f"{norm.replace('.1.', '.2.')}.weight"])
+
+
+def test_saved_modules_are_told_by_whole_names(tmp_path: Path):
+    """`layer` is not the end of `output_layer`, of which there is a LoRA only."""
+    merged = read_merged(V2, write_lora(tmp_path / "lora", adapter_of(V2), modules_to_save=["layer"]))
+    name = f"{HEAD[V2]}.weight"
+    assert not torch.equal(merged[name], weights_of(V2)[name])
 
 
 # Rows
@@ -370,6 +382,7 @@ REFUSED = [
     (plus("transformer.rotary_pos_emb.inv_freq", 8), {}, "is for .*inv_freq, expected a tensor that the model reads"),
     (plus("transformer.encoder.final_layernorm.weight", 64), {}, r"is \[64\], expected \[128\], from that of tra"),
     (plus(f"{EMBEDDING[V2]}.weight", 2049, 128), {}, r"shape of .* is \[2049, 128\], expected \[2048, 128\]"),
+    ({f"{PREFIX}{HEAD[V2]}.weight": random(2048, 128)}, {}, "weights is without lora_A and lora_B"),
     (good(), {"modules_to_save": ["output_layer"]}, "output_layer.weight is missing, expected a tensor, as modules_to"),
 ]  # fmt: skip
 

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 from collections import Counter
+from math import log, pi
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ from golden_sets import rounds_to_bf16
 from safetensors.torch import load_file, save_file
 
 from chatglm_ov import OVChatGLMForCausalLM, convert
+from chatglm_ov.checkpoint import fields as checkpoint_fields
 from chatglm_ov.checkpoint.model_weights import model_weights
 from chatglm_ov.checkpoint.reader import Checkpoint
 from chatglm_ov.config import parse_config
 from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.models import graph_shapes
 from chatglm_ov.presets import config_json
+from chatglm_ov.rope_scaling import RopeScaling, rotary_frequencies
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 VARIANTS = {
@@ -144,10 +147,18 @@ def test_head_dim_may_be_null():
     assert parse_config(config_json("glm-4-9b-0414", **fields)).head_dim == 16
 
 
+def test_head_dim_that_is_left_out_is_that_of_transformers_config():
+    fields = config_json("glm-4-9b-chat-hf", hidden_size=4096, num_attention_heads=16)
+    fields.pop("head_dim", None)
+    assert parse_config(fields).head_dim == 128
+
+
 def test_the_trained_length_may_stand_beside_the_scaling():
     fields = config_json("glm-4-9b-0414", original_max_position_embeddings=4096)
     scaled = parse_config({**fields, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
     assert scaled.rope_scaling.original_max_position_embeddings == 4096
+    scaled = parse_config({**fields, "rope_scaling": YARN})
+    assert scaled.rope_scaling.original_max_position_embeddings == 64
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,6 +200,9 @@ def test_positions_grow_with_the_scaling():
     assert parse_config(scaled).max_positions == 131072
     scaled["max_position_embeddings"] = 131072
     assert parse_config(scaled).max_positions == 131072
+    # They are never fewer than those that are told.
+    scaled = config_json("glm-4-9b-0414", rope_scaling=YARN)
+    assert parse_config(scaled).max_positions == 32768
 
 
 @pytest.mark.parametrize("rope_type", ["yarn", "linear", "ntk"])
@@ -206,12 +220,33 @@ def test_scaling_is_an_option_of_conversion(rope_type, tmp_path):
 
 
 def test_ntk_keeps_the_fastest_pair_and_slows_the_slowest_down():
-    from chatglm_ov.rope_scaling import RopeScaling, rotary_frequencies
-
     plain, _ = rotary_frequencies(10000.0, 64)
     scaled, factor = rotary_frequencies(10000.0, 64, RopeScaling(rope_type="ntk", factor=8.0))
     assert factor == 1.0
     np.testing.assert_allclose(plain / scaled, np.geomspace(1, 8, 32), rtol=1e-5)
+
+
+def yarn(trained: int = 4096, **fields) -> tuple[np.ndarray, float]:
+    """Frequencies of 32 pairs, and the factor of cosines and sines."""
+    return rotary_frequencies(1e4, 64, RopeScaling(rope_type="yarn", factor=4.0, **fields), trained)
+
+
+def test_yarn_takes_the_trained_length_of_the_scaling():
+    told, _ = yarn(32768, original_max_position_embeddings=4096)
+    np.testing.assert_array_equal(told, yarn(4096)[0])
+    assert not np.array_equal(told, yarn(32768)[0])
+
+
+def test_the_ramp_of_yarn_may_lie_between_whole_pairs():
+    low, high = (64 * log(4096 / (turns * 2 * pi)) / (2 * log(1e4)) for turns in (32, 1))
+    plain, _ = rotary_frequencies(1e4, 64)
+    ramp = np.clip((np.arange(32) - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(yarn(truncate=False)[0], plain * (1 - ramp) + plain / 4 * ramp, rtol=1e-5)
+
+
+def test_the_attention_factor_of_yarn_is_of_two_scales_or_of_none():
+    assert [yarn(**fields)[1] for fields in ({}, {"mscale": 2.0}, {"mscale_all_dim": 2.0})] == [0.1 * log(4) + 1] * 3
+    assert yarn(mscale=2.0, mscale_all_dim=0.5)[1] == (0.2 * log(4) + 1) / (0.05 * log(4) + 1)
 
 
 def test_a_doubtful_base_is_told_and_can_be_replaced(tmp_path, caplog):
@@ -242,6 +277,22 @@ def test_scaling_as_an_option_keeps_what_else_the_object_says(tmp_path):
     torch.testing.assert_close(ours(IDS).logits, wanted, rtol=0, atol=1e-4)
 
 
+def store_head(checkpoint: Path, added: float) -> None:
+    """Beside the embedding, and its last row differs from that by so much."""
+    weights = load_file(checkpoint / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].clone()
+    head[-1, 0] += added
+    save_file({**weights, "lm_head.weight": head}, checkpoint / "model.safetensors")
+
+
+@pytest.mark.parametrize("added", [0, 1])
+def test_a_head_that_is_called_tied_is_looked_at_to_its_end(added, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_fields, "_ROWS", 8)
+    checkpoint = saved(reference("glm", **EDGE), tmp_path / "checkpoint")
+    store_head(checkpoint, added)
+    assert checkpoint_fields.checkpoint_fields(checkpoint)["tie_word_embeddings"] == (not added)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_head_that_is_stored_is_used_though_it_is_called_tied(kind, tmp_path, caplog):
     original = reference(kind)
@@ -260,10 +311,7 @@ def test_a_head_that_is_stored_is_used_though_it_is_called_tied(kind, tmp_path, 
 
 def test_a_head_that_is_the_embedding_is_stored_once(tmp_path, caplog):
     checkpoint = saved(reference("glm", **EDGE), tmp_path / "checkpoint")
-    weights = load_file(checkpoint / "model.safetensors")
-    save_file(
-        {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, checkpoint / "model.safetensors"
-    )
+    store_head(checkpoint, 0)
     with torch.no_grad():
         wanted = reference("glm", **EDGE)(IDS).logits
     with caplog.at_level(logging.WARNING, "chatglm_ov"):
@@ -355,5 +403,3 @@ def test_long_prompts_in_pieces_are_those_of_transformers(ops, tokens, tmp_path)
         wanted = original(ids).logits[:, -8:]
     torch.testing.assert_close(ours(ids, logits_to_keep=8).logits, wanted, rtol=0, atol=1e-3)
     assert pieces == list(range(512, tokens + 1, 512))
-    with pytest.raises(ChatGLMError, match=f"a position {tokens}"):
-        ours(torch.cat([ids, ids[:, :1]], 1))

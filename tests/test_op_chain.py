@@ -5,11 +5,15 @@ from __future__ import annotations
 import gc
 
 import numpy as np
+import openvino as ov
 import openvino.opset15 as opset
 import pytest
 from operations import compiled, create, needs_library, packed_int8, parameter, weight_attributes
 
+from chatglm_ov.errors import ChatGLMError
 from chatglm_ov.native import native
+from chatglm_ov.runtime.ir_reading import read_ir
+from chatglm_ov.weights.ir import FORMAT_VERSION, RT_INFO
 
 pytestmark = needs_library
 
@@ -168,3 +172,17 @@ def test_what_varies_is_no_constant_of_a_chain():
     step = f"Norm 0 #0 kind=rms eps=1e-5 residual=0 packing_version={native().PACKING_VERSION}"
     with pytest.raises(RuntimeError, match="wanted a constant"):
         create("Chain", inputs, {"steps": [step], "results": [0]})
+
+
+def test_an_ir_with_a_chain_is_refused(tmp_path):
+    """Its steps are not checked against their weights."""
+    given = [parameter([-1, -1, 40]), parameter([40])]
+    line, _ = filled(NORM, {"sources": "0 1"})
+    chain = create("Chain", [node.output(0) for node in given], {"steps": [line], "results": [0]})
+    model = ov.Model([opset.result(opset.add(chain.output(0), np.ones(40, np.float32)))], given)
+    described = {"format_version": FORMAT_VERSION, "ops": "fused", "packing_version": native().PACKING_VERSION}
+    for name, value in described.items():
+        model.set_rt_info(str(value), [RT_INFO, name])
+    ov.serialize(model, tmp_path / "openvino_model.xml")
+    with pytest.raises(ChatGLMError, match="IR is with an operation Chain, expected an IR as `convert` writes it"):
+        read_ir(tmp_path / "openvino_model.xml")

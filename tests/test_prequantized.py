@@ -35,6 +35,8 @@ from chatglm_ov.runtime.ir_reading import read_ir
 from chatglm_ov.runtime.loading import load_model
 from chatglm_ov.weight_formats import FORMATS, int4_format
 from chatglm_ov.weights.choices import FormatChoices
+from chatglm_ov.weights.packing import PADDING, gate_up_rows
+from chatglm_ov.weights.unpacking import PackedRows
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 F32_TABLES = FormatChoices(lm_head_format="f32", embedding_format="f32")
@@ -90,6 +92,19 @@ def test_values_are_those_of_the_file(ops, layout, make_once, tmp_path: Path):
     for name, values in made.linears.items():
         found = converted_values(tmp_path / "out" / own / "openvino_model.xml", name, values.shape)
         assert rows_in_any_order(found) == rows_in_any_order(values), name
+
+
+@without_library
+def test_what_fills_panels_of_a_gated_layer_up_is_zeros(tmp_path: Path):
+    made = make(replace(LAYOUTS["chatglm-int8"], like=V2.checkpoint), tmp_path / "checkpoint", features=100)
+    convert(made.folder, tmp_path / "out", ("int8",), "fused", progress=False)
+    xml = tmp_path / "out" / "int8" / "openvino_model.xml"
+    for name, values in made.linears.items():
+        assert rows_in_any_order(converted_values(xml, name, values.shape)) == rows_in_any_order(values), name
+    payloads = {node.get_friendly_name(): node for node in read_ir(xml).get_ordered_ops()}
+    order, (name,) = gate_up_rows(100), (name for name in made.linears if "dense_h_to_4h" in name)
+    rows = PackedRows(payloads[name].data, "int8", order.size, 128, 0).parts(np.flatnonzero(order == PADDING))
+    assert len(rows[0]) == 24 and not any(part.any() for part in rows)
 
 
 @each_layout
