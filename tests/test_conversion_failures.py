@@ -46,7 +46,7 @@ NORM = "transformer.encoder.layers.1.input_layernorm.weight"
         ({"output": "file"}, "output is a file, expected a folder"),
         ({"output": "file/below"}, "output is not writable"),
         ({"checkpoint": "nowhere"}, "nowhere: folder is missing"),
-        ({"checkpoint": "file"}, "file: folder is missing"),
+        ({"checkpoint": "file"}, "file: folder is a file, expected a folder with config.json"),
         ({"checkpoint": "empty"}, r"config\.json is missing"),
     ],
     ids=str,

@@ -298,6 +298,16 @@ def test_int8_has_the_bits_of_avx512(level, bits, rows, out_features, in_feature
     )
 
 
+@pytest.mark.parametrize(("fmt", "bits", "group"), [("int8", 16, 0), ("int8", 8, 0), ("int4", 8, 128)])
+def test_tiles_of_integers_have_the_bits_of_their_emulation(fmt, bits, group):
+    if "amx" not in native().present_isa_levels():
+        pytest.skip("this machine has no amx")
+    layout, payload, _ = make_weight(fmt, 16 * 19, 2304, group)
+    x = make_rows(37, 2304)
+    results = [run(level, layout, payload, x, bits) for level in ("amx", "amx_emulated")]
+    np.testing.assert_array_equal(*results, strict=True)
+
+
 @pytest.mark.parametrize(("fmt", "bits", "group"), FORMATS)
 def test_a_group_of_pairs_goes_through_all_blocks(level, fmt, bits, group):
     """More prepared rows than stay in L2 at once: 16 panels and more keep their sums from block to block."""

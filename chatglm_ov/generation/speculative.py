@@ -7,7 +7,9 @@ sampling their distribution is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,6 +117,8 @@ def decode(
         count = len(guessed)
         following = torch.from_numpy(next_positions(positions[..., -1].numpy(), count + 1))
         positions = torch.cat([positions, following[..., :-1]], dim=-1)
+        if model.prompt_progress is not None:
+            model.prompt_progress = partial(_tell_of_prompt, model.prompt_progress, count)
         fed = torch.cat([ids, torch.from_numpy(np.ascontiguousarray(guessed))[None]], dim=1)
         output = model(fed[:, -positions.shape[-1] :], _longer(mask, count), positions, cache, count + 1)
         # What is fed from here on is no prompt.
@@ -130,6 +134,11 @@ def decode(
     if streamer is not None:
         streamer.end()
     return made.output(cache)
+
+
+def _tell_of_prompt(progress: Callable[[int, int], None], guessed: int, done: int, total: int) -> None:
+    """Tell of columns without the guessed ones at their end."""
+    progress(min(done, total - guessed), total - guessed)
 
 
 class _Made:
