@@ -22,7 +22,7 @@ from golden_cases import (  # noqa: F401
 )
 
 from chatglm_ov import convert
-from chatglm_ov.passes import in_place
+from chatglm_ov.runtime import in_place
 from chatglm_ov.runtime import loading as runtime
 from chatglm_ov.runtime.loading import CompiledModel, load_model
 

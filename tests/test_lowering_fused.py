@@ -217,7 +217,8 @@ def test_8_bit_activations(golden, weight_format, open_compiled: Opener):
 
 @each_small
 def test_cache_formats(golden, open_compiled: Opener):
-    """f32 is exact, bf16 rounds, int8 rounds more; none is another model. None is bf16, or f32 with f32."""
+    """f32 is exact, bf16 rounds, int8 rounds more; none is another model. None is bf16, or f32 with f32 in
+    weights or precision."""
     prompt = golden_prompt(golden, "batch", open_compiled(golden.checkpoint, ops="fused"))
     logits = {}
     for cache_format in (None, "f32", "bf16", "int8"):
@@ -227,7 +228,8 @@ def test_cache_formats(golden, open_compiled: Opener):
     np.testing.assert_array_equal(logits[None], logits["f32"])
     errors = {name: np.linalg.norm(values - logits["f32"]) for name, values in logits.items()}
     assert 0 < errors["bf16"] < errors["int8"] < 0.1 * np.linalg.norm(logits["f32"])
-    assert open_compiled(golden.checkpoint, "f32", None, ops="fused").kv_cache_format == "bf16"
+    for weight_format, usual in (("f32", "f32"), ("bf16", "bf16")):
+        assert open_compiled(golden.checkpoint, weight_format, None, ops="fused").kv_cache_format == usual
 
 
 @formats

@@ -208,7 +208,7 @@ def without_scales_of_the_embedding(xml: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "short file": (lambda xml: os.truncate(xml.with_suffix(".bin"), 1000), "IR is damaged"),
     "no file": (lambda xml: xml.with_suffix(".bin").unlink(), "openvino_model.bin: file is missing"),
-    "empty file": (lambda xml: os.truncate(xml.with_suffix(".bin"), 0), "IR is damaged"),
+    "empty file": (lambda xml: os.truncate(xml.with_suffix(".bin"), 0), "size is 0 bytes"),
     "no XML": (lambda xml: os.truncate(xml, 5000), "IR is unreadable"),
     "another version": (
         lambda xml: change(xml, '<packing_version value="2"', '<packing_version value="1"'),
@@ -222,7 +222,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no attribute": (lambda xml: change(xml, "y_features", "z_features"), "IR is damaged"),
     "no file of weights": (
         lambda xml: [xml.with_suffix(".bin").unlink(), xml.with_suffix(".bin").mkdir()],
-        "IR is damaged",
+        "file is a folder, expected the weights beside the IR",
     ),
     "no groups": (lambda xml: change(xml, 'format="int8"', 'format="int4"'), "IR is damaged"),
     "a part of a weight": (without_scales_of_the_embedding, "IR is damaged"),

@@ -85,8 +85,9 @@ def described_ir(path: Path) -> dict[str, str]:
     """What an IR tells about itself. Raises ChatGLMError where it is damaged, without its weights or of another
     version."""
     weights = path.with_name(WEIGHTS_NAME)
-    if not weights.exists():
-        raise ChatGLMError(weights, "file", "missing", "the weights beside the IR")
+    if not weights.is_file():
+        seen = "a folder" if weights.exists() else "missing"
+        raise ChatGLMError(weights, "file", seen, "the weights beside the IR")
     refuse_placeholder(weights)
     try:
         described = read_description(path)
