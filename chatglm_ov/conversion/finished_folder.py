@@ -98,7 +98,7 @@ def _swap(new: Path, old: Path, aside: Path) -> None:
         old.rename(aside)
         new.rename(old)
     except BaseException:
-        if aside.exists() and not old.exists():
+        if os.path.lexists(aside) and not os.path.lexists(old):
             aside.rename(old)
         raise
 
